@@ -1,0 +1,1286 @@
+"""PPO learns to drive the real SuperTuxKart from pixels.
+
+Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) with generalized advantage
+estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438) and the Nature CNN (Mnih et al. 2015). The kart
+sees its last pictures and nothing else; speed, position and the track's shape are used for the reward only.
+
+    python ppo_tuxkart.py --track scotland                      # learn; everything lands in runs/<name>/
+    python ppo_tuxkart.py --resume runs/<name>                  # go on as if never stopped
+    python ppo_tuxkart.py --evaluate runs/<name>/best.pt        # race it against the game's own AI
+    tensorboard --logdir runs                                   # watch it
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import types
+import xml.etree.ElementTree
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+
+@dataclasses.dataclass
+class Args:
+    """PPO that drives SuperTuxKart from pixels. `--track scotland` is all it needs."""
+
+    track: tuple[str, ...] = ("scotland",)
+    """track(s) to learn; several are shared out over the environments"""
+    total_timesteps: int = 1_200_000
+    """decisions to learn from, all environments together"""
+    seed: int = 1
+    """seed of the network, the actions, the minibatches and the starts"""
+    name: str | None = None
+    """the run's folder under runs/ (default: track, seed and time)"""
+    resume: Path | None = None
+    """run folder to go on with, as if it had never stopped; takes every other setting from there"""
+    init_from: Path | None = None
+    """checkpoint to take the network's weights from, and nothing else"""
+    evaluate: Path | None = None
+    """checkpoint to race, greedy and sampled, beside the game's own AI; no learning"""
+    eval_episodes: int = 20
+    """races per evaluation"""
+    eval_seed: int = 1000
+    """seed of the first evaluation race; each race has its own disturbed start"""
+    eval_interval: int = 64
+    """iterations between evaluations while learning; 0 for none"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the network runs; auto takes the GPU if there is one"""
+
+    # the game
+    engine: Literal["auto", "pystk", "pystk2"] = "auto"
+    """game bindings; auto prefers the faster pystk where it is installed"""
+    num_envs: int = 16
+    """game processes"""
+    width: int = 64
+    """width of the picture, in pixels"""
+    height: int = 64
+    """height of the picture, in pixels"""
+    frame_stack: int = 2
+    """pictures the network sees; one alone hides the speed"""
+    step_size: float = 0.15
+    """seconds of game time for which an action is held"""
+    random_start: float = 0.5
+    """share of the episodes that start anywhere on the track instead of on the start line"""
+    max_seconds: float = 150.0
+    """time limit of a race, in seconds of game time"""
+    laps: int = 1
+    """laps of a race"""
+    difficulty: Literal[0, 1, 2] = 2
+    """the game's difficulty; it also scales the top speed of the player's kart (0.6, 0.8, 0.92)"""
+    kart: str = "tux"
+    """kart to drive"""
+    reverse: bool = False
+    """drive the track the other way round"""
+
+    # PPO
+    num_steps: int = 128
+    """decisions per environment and iteration"""
+    learning_rate: float = 5e-4
+    """Adam's step size at the start; it falls linearly to zero"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalized advantage estimation"""
+    epochs: int = 3
+    """passes over the data of an iteration"""
+    num_minibatches: int = 8
+    """minibatches per pass"""
+    clip_coef: float = 0.2
+    """the clipped objective's epsilon"""
+    clip_vloss: bool = False
+    """clip the value loss as well"""
+    ent_coef: float = 0.005
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """stop an iteration's passes when the approximate KL divergence exceeds this"""
+
+
+class UsageError(Exception):
+    """What the user typed, or what the machine lacks; the message is one sentence that says what to type next."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The game: engine, assets, track geometry, environment
+
+ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # module: package; "pystk" on PyPI is another thing
+DEBIAN_ASSETS = Path("/usr/share/games/supertuxkart/data")
+
+STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)  # left to right
+PEDALS = ((1.0, False), (0.0, False), (0.0, True))  # acceleration, brake: gas, coast, brake
+
+STUCK_SECONDS, STUCK_METRES = 4.0, 2.0  # an episode ends when that long has not brought that much progress
+RACE_STUCK_SECONDS = 15.0  # the same in a race, where the kart may free itself
+BACKWARDS_METRES = 15.0
+OFF_TRACK_METRES = 10.0  # beyond the edge of the road
+RANDOM_START_SECONDS = 30.0
+TOP_SPEED = 60.0  # m/s; no kart is faster, so a larger gain is a teleport
+
+
+def engine_version(engine):
+    """Version of the engine's package, or None where it is not installed."""
+    try:
+        return importlib.metadata.version(ENGINES[engine])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_engine(engine="auto"):
+    """Name of the module to drive the game with, "pystk" or "pystk2". Raises UsageError where there is none."""
+    wanted = ENGINES if engine == "auto" else [engine]
+    for module in wanted:
+        if engine_version(module):
+            return module
+    package = ENGINES["pystk2" if engine == "auto" else engine]
+    hint = "./install.sh" if engine == "pystk" else f"pip install {package}"
+    raise UsageError(f"The game's Python package {package} is not installed: type `{hint}`.")
+
+
+def find_assets(engine):
+    """Folder that the engine reads its data from, and the assets' version: (Path, str).
+
+    The engine's own assets where it brings some, else Debian's supertuxkart-data through a folder of links in the
+    user's cache. Raises UsageError where there are none.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if engine == "pystk2":
+        from platformdirs import user_cache_dir  # a dependency of pystk2, which looks for its assets there
+
+        root, marker = Path(user_cache_dir("PySuperTuxKart2", "bpiwowar")) / "1.5", "supertuxkart.1.5"
+        if (root / "__downloaded__.txt").exists() and not (root / "data" / "tracks").is_symlink():
+            return root, "1.5"
+    else:
+        root, marker = cache / "ppo_tuxkart" / "assets", "supertuxkart.git"
+        if importlib.util.find_spec("pystk_data"):
+            import pystk_data
+
+            return Path(pystk_data.data_dir), importlib.metadata.version("PySuperTuxKartData")
+    versions = [path.name.removeprefix("supertuxkart.") for path in DEBIAN_ASSETS.glob("supertuxkart.[0-9]*")]
+    if not versions:
+        raise UsageError(
+            "The game's assets are not installed: type `sudo apt-get install supertuxkart-data`"
+            + (", or import pystk2 and call its init once to download them." if engine == "pystk2" else ".")
+        )
+    data = root / "data"
+    (data / "skins").mkdir(parents=True, exist_ok=True)
+    links = {data / source.name: source for source in DEBIAN_ASSETS.iterdir() if source.name != "skins"}
+    links |= {data / "skins" / source.name: source for source in (DEBIAN_ASSETS / "skins").iterdir()}
+    links.setdefault(data / "skins" / "classic", DEBIAN_ASSETS / "skins" / "peach")  # the skin pystk2 asks for
+    for link, source in links.items():
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(source)
+    (data / marker).touch()
+    (root / "__downloaded__.txt").touch()
+    return root, versions[0]
+
+
+def race_tracks(assets):
+    """Names of the race tracks (no arenas, soccer fields or cut scenes) in an assets folder, sorted."""
+    tracks = []
+    for file in sorted((assets / "data" / "tracks").glob("*/track.xml")):
+        root = xml.etree.ElementTree.parse(file).getroot()
+        special = {"arena", "soccer", "cutscene", "internal", "ctf"}
+        if (file.parent / "quads.xml").exists() and not any(root.get(key, "N").upper() == "Y" for key in special):
+            tracks.append(file.parent.name)
+    return tracks
+
+
+def gpu_renders():
+    """Whether a GPU driver is there to draw the game; otherwise Mesa draws on the CPU."""
+    nodes = [*Path("/dev/dri").glob("renderD*"), *Path("/dev").glob("nvidiactl")]
+    return sys.platform != "linux" or any(os.access(node, os.R_OK | os.W_OK) for node in nodes)
+
+
+def load_engine(engine):
+    """Imports the engine and prepares this process for it. Returns the module."""
+    if not gpu_renders():
+        # Mesa filters anisotropically in a loop on the CPU: single frames took up to 71 s. Its own threads gain nothing.
+        hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
+        os.environ.setdefault("MESA_EXTENSION_OVERRIDE", hidden)
+        os.environ.setdefault("LP_NUM_THREADS", "0")
+    if multiprocessing.parent_process() is not None:  # a worker: Ctrl-C is its parent's, and it dies with its parent
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        silence = os.open(os.devnull, os.O_WRONLY)  # the engine talks to file descriptors 1 and 2 from C++
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+    assets, _ = find_assets(engine)
+    if engine == "pystk":
+        sys.modules["pystk_data"] = types.ModuleType("pystk_data")  # where pystk asks for its assets
+        sys.modules["pystk_data"].data_dir = str(assets)
+    return importlib.import_module(engine)
+
+
+class TrackGeometry:
+    """The track's centre line as segments, and where points lie along it; all in metres and radians.
+
+    starts, ends: (S, 3), x and z on the ground, y up. widths: (S,). distances: (S, 2), along the track, of both ends.
+    """
+
+    def __init__(self, nodes, widths, distances, length):
+        nodes = np.asarray(nodes, np.float64)  # (S, 2, 3)
+        self.starts, self.ends = nodes[:, 0], nodes[:, 1]
+        self.widths = np.asarray(widths, np.float64).reshape(-1)
+        self.distances = np.asarray(distances, np.float64)
+        self.length = float(length)
+        self.vectors = self.ends - self.starts
+        self.squares = np.maximum((self.vectors**2).sum(-1), 1e-9)
+        self.headings = np.arctan2(self.vectors[:, 0], self.vectors[:, 2])
+
+    def locate(self, points):
+        """Nearest place on the centre line. points: (..., 3).
+
+        Returns distance down the track in [0, length), signed lateral offset (right is positive), track heading and
+        track width there, each of shape (...).
+        """
+        points = np.asarray(points, np.float64)
+        shape, rows = points.shape[:-1], np.arange(points.size // 3)
+        relative = points.reshape(-1, 1, 3) - self.starts  # (P, S, 3)
+        share = (np.einsum("psi,si->ps", relative, self.vectors) / self.squares).clip(0, 1)
+        gap = relative - share[..., None] * self.vectors
+        nearest = np.einsum("psi,psi->ps", gap, gap).argmin(-1)
+        share, gap = share[rows, nearest], gap[rows, nearest]
+        begin, end = self.distances[nearest].T
+        heading = self.headings[nearest]
+        side = np.sign(gap[:, 0] * np.cos(heading) - gap[:, 2] * np.sin(heading))
+        along = (begin + share * (end - begin)) % self.length
+        offset = side * np.hypot(gap[:, 0], gap[:, 2])
+        return tuple(values.reshape(shape) for values in (along, offset, heading, self.widths[nearest]))
+
+    def gain(self, before, after):
+        """Metres gained between two distances down the track, the shorter way round, in [-length/2, length/2)."""
+        return (after - before + self.length / 2) % self.length - self.length / 2
+
+
+def quaternion(heading):
+    """Rotation (x, y, z, w) of a kart that faces `heading`, radians from +z towards +x."""
+    return 0.0, float(np.sin(heading / 2)), 0.0, float(np.cos(heading / 2))
+
+
+class TuxKartEnv(gym.Env):
+    """One kart in the real SuperTuxKart, seen through its own camera.
+
+    Observation: uint8 (3 * frame_stack, height, width), RGB pictures, the newest last.
+    Action: MultiDiscrete (steer 5, pedal 3, drift 2, nitro 2), held for `step_size` seconds of game time.
+    Reward: a tenth of the metres gained along the track, minus half a point a second; +10 for the finish, -3 for
+    being stuck, off the track or driving backwards, which end the episode. The time limit truncates it.
+    At the end `info` holds lap_time (s, nan unless finished), finished, progress (share of the race's distance),
+    off_track_m (largest), off_track_seconds, seconds, return and end (why).
+
+    `reset(options={"reload": True})` loads the track anew, so that nothing of the episodes before is left, not even in
+    the camera's motion. `reset(options={"race": True})` does so too and starts an evaluation race: from the line, with a disturbance drawn from the seed
+    (up to 2 m aside, 10 degrees askew and 0.2 s late), ended by the finish, the time limit or 15 s without progress.
+    One game runs per process: use gymnasium's AsyncVectorEnv for more. With `driver="ai"` the game's own AI drives,
+    nothing is drawn, actions are ignored and observations are black.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
+    _process_is_busy = False
+
+    def __init__(
+        self,
+        track="scotland",
+        engine="auto",
+        width=64,
+        height=64,
+        frame_stack=2,
+        step_size=0.15,
+        random_start=0.0,
+        max_seconds=150.0,
+        laps=1,
+        difficulty=2,
+        kart="tux",
+        reverse=False,
+        driver="agent",
+        render_mode=None,
+    ):
+        self.track, self.engine, self.size = track, find_engine(engine), (width, height)
+        self.step_size, self.random_start, self.max_seconds = step_size, random_start, max_seconds
+        self.laps, self.difficulty, self.kart, self.reverse = laps, difficulty, kart, reverse
+        self.driver, self.render_mode = driver, render_mode
+        self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, height, width), np.uint8)
+        self.action_space = gym.spaces.MultiDiscrete([len(STEER), len(PEDALS), 2, 2])
+        self.substeps, self.on_frame = 1, None  # a film draws several pictures a decision
+        self._stk = self._race = None
+
+    def _boot(self):
+        """Starts the engine, once in a process."""
+        if TuxKartEnv._process_is_busy:
+            raise RuntimeError("One game runs per process: close the other TuxKartEnv, or use AsyncVectorEnv.")
+        self._stk = stk = load_engine(self.engine)
+        graphics = stk.GraphicsConfig.ld() if self.driver == "agent" else stk.GraphicsConfig.none()
+        graphics.screen_width, graphics.screen_height = self.size
+        stk.init(graphics)
+        TuxKartEnv._process_is_busy = True
+        library = ctypes.CDLL(stk.__file__)
+        # Wind, flags and the like move with the wall clock, so no two races would look alike: they get the game's clock.
+        self._set_scenery_clock = getattr(library, "_ZN3irr2os5Timer7setTimeEj", lambda milliseconds: None)
+        getattr(library, "_ZN3irr2os5Timer9stopTimerEv", lambda: None)()
+        self._seed_scenery = getattr(library, "_ZN3irr2os10Randomizer5resetEi", lambda seed: None)
+        self._world = stk.WorldState()
+
+    def _load_race(self):
+        """Loads the track; everything in the game is new after it, the camera too."""
+        stk = self._stk
+        if self._race is not None:
+            self._race.stop()
+            self._race = None  # the engine allows one race at a time
+        config = stk.RaceConfig()
+        config.track, config.laps, config.difficulty, config.reverse = self.track, self.laps, self.difficulty, self.reverse
+        config.num_kart, config.step_size = 1, self.step_size
+        if hasattr(config, "overlay"):
+            config.overlay = False  # pystk2 would draw its HUD into the picture; pystk has none
+        config.players[0].kart = self.kart
+        controllers = stk.PlayerConfig.Controller
+        config.players[0].controller = controllers.AI_CONTROL if self.driver == "ai" else controllers.PLAYER_CONTROL
+        ctypes.CDLL(None).srand(0)
+        self._seed_scenery(0)
+        self._set_scenery_clock(0)
+        self._race = stk.Race(config)
+        self._race.start()
+        track = stk.Track()
+        track.update()
+        self.geometry = TrackGeometry(track.path_nodes, track.path_width, track.path_distance, track.length)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        if self._stk is None:
+            self._boot()
+        options = options or {}
+        self._in_race = bool(options.get("race"))
+        if self._race is None or self._in_race or options.get("reload"):
+            self._load_race()
+            self._history = []
+        self._history.append({"rng": self.np_random.bit_generator.state, "options": options, "actions": []})
+        self._race.restart()
+        self._hold(1 / 120)
+        if hasattr(self._world, "phase"):  # pystk2 counts down for 5 s before a kart can drive
+            self._hold(4.9)
+            while self._kart_state()[0] == 0:
+                self._hold(0.05)
+        self._from_line = self._in_race or self.np_random.random() >= self.random_start
+        if self._in_race:
+            self._disturb_start()
+        elif not self._from_line:
+            self._start_anywhere()
+
+        seconds, location, _ = self._kart_state()
+        self._along = float(self.geometry.locate(location)[0])
+        length = self.geometry.length
+        behind = (length - self._along) % length if self._from_line else 0.0
+        self._distance = self.laps * length + (behind if behind < length / 2 else behind - length)
+        self._limit = self.max_seconds if self._from_line else min(self.max_seconds, RANDOM_START_SECONDS)
+        self._start, self._progress, self._best, self._best_at = seconds, 0.0, 0.0, seconds
+        self._return = self._off_track_m = self._off_track_seconds = 0.0
+        self._frames = np.repeat(self._picture()[None], self.observation_space.shape[0] // 3, 0)  # (K, 3, H, W)
+        return self.observation(), {}
+
+    def step(self, action):
+        if self._race is None:
+            raise gym.error.ResetNeeded("Call reset before step.")
+        before = self._kart_state()[0]
+        self._history[-1]["actions"].append([int(a) for a in action])
+        self._drive(action)
+        self._frames = np.concatenate([self._frames[1:], self._picture()[None]])
+
+        now, location, lap_time = self._kart_state()
+        along, offset, _, width = (float(value) for value in self.geometry.locate(location))
+        gain = min(self.geometry.gain(self._along, along), TOP_SPEED * self.step_size)
+        self._along, self._progress = along, self._progress + gain
+        if self._progress > self._best + STUCK_METRES:
+            self._best, self._best_at = self._progress, now
+        off_track = max(abs(offset) - width / 2, 0.0)
+        self._off_track_m = max(self._off_track_m, off_track)
+        self._off_track_seconds += (now - before) * (off_track > 0)
+
+        finished = lap_time > 0
+        end = "finished" if finished else ""
+        if not end and now - self._best_at >= (RACE_STUCK_SECONDS if self._in_race else STUCK_SECONDS):
+            end = "stuck"
+        if not end and not self._in_race and self._progress < self._best - BACKWARDS_METRES:
+            end = "backwards"
+        if not end and not self._in_race and off_track > OFF_TRACK_METRES:
+            end = "off track"
+        terminated = bool(end)
+        truncated = not terminated and now - self._start >= self._limit
+        reward = progress_reward(gain, now - before, finished, terminated and not finished)
+        self._return += reward
+        info = {}
+        if terminated or truncated:
+            info = {
+                "lap_time": lap_time if finished else float("nan"),
+                "finished": finished,
+                "progress": 1.0 if finished else self._progress / self._distance,
+                "off_track_m": self._off_track_m,
+                "off_track_seconds": self._off_track_seconds,
+                "seconds": now - self._start,
+                "return": self._return,
+                "from_line": self._from_line,
+                "end": end or "time limit",
+            }
+        return self.observation(), reward, terminated, truncated, info
+
+    def observation(self):
+        """The stacked pictures, uint8 (3 * frame_stack, height, width)."""
+        return self._frames.reshape(self.observation_space.shape)
+
+    def render(self):
+        return self._frames[-1].transpose(1, 2, 0)
+
+    def close(self):
+        if self._stk is not None:
+            if self._race is not None:
+                self._race.stop()
+            self._race = None
+            self._stk.clean()
+            self._stk = None
+            TuxKartEnv._process_is_busy = False
+
+    @property
+    def snapshot(self):
+        """How this environment came here, small enough for a checkpoint; assigning it drives another one to the same place.
+
+        The game cannot be saved, but it replays exactly: the rng, options and actions of every episode since the track
+        was loaded, because the camera's roll, a moving average over hundreds of pictures, outlives a restart.
+        """
+        return self._history
+
+    @snapshot.setter
+    def snapshot(self, history):
+        for episode in history:
+            self.np_random.bit_generator.state = episode["rng"]
+            self.reset(options=episode["options"])
+            for action in episode["actions"]:
+                self.step(action)
+
+    def _drive(self, action):
+        control = self._stk.Action()
+        steer, pedal, drift, nitro = (int(a) for a in action)
+        control.steer, (control.acceleration, control.brake) = STEER[steer], PEDALS[pedal]
+        control.drift, control.nitro = bool(drift), bool(nitro)
+        self._race.config.step_size = self.step_size / self.substeps
+        for _ in range(self.substeps):
+            self._step(control)
+            if self.on_frame:
+                self.on_frame(self._race.render_data[0].image)
+
+    def _step(self, control):
+        self._set_scenery_clock(int(1000 * self._world.time))
+        self._race.step() if self.driver == "ai" else self._race.step(control)
+
+    def _hold(self, seconds):
+        """Lets game time pass without touching the controls, in one step and one picture."""
+        self._race.config.step_size = seconds
+        self._step(self._stk.Action())
+
+    def _kart_state(self):
+        """Race clock (s), the kart's location (3,) and its finish time (s, 0 before)."""
+        self._world.update()
+        kart = self._world.karts[0]
+        return self._world.time, np.array(kart.location, np.float64), kart.finish_time
+
+    def _picture(self):
+        """The newest picture, uint8 (3, height, width). A copy: the engine reuses its buffer."""
+        if self.driver == "ai":
+            return np.zeros((3, *self.observation_space.shape[1:]), np.uint8)
+        return np.ascontiguousarray(np.asarray(self._race.render_data[0].image).transpose(2, 0, 1))
+
+    def _place(self, location, heading):
+        x, y, z = (float(value) for value in location)
+        self._stk.WorldState.set_kart_location(0, (x, y, z), quaternion(heading), 0.0)
+
+    def _disturb_start(self):
+        """Moves the kart aside, turns it and holds it back, by amounts drawn from the seed."""
+        _, location, _ = self._kart_state()
+        front = np.array(self._world.karts[0].front, np.float64) - location
+        heading = np.arctan2(front[0], front[2])
+        aside, askew = self.np_random.uniform(-2.0, 2.0), np.radians(self.np_random.uniform(-10.0, 10.0))
+        location = location + aside * np.array([np.cos(heading), 0.0, -np.sin(heading)])
+        for _ in range(1 + int(self.np_random.integers(5))):
+            self._place(location, heading + askew)
+            self._hold(0.05)
+        self._place(location, heading + askew)
+
+    def _start_anywhere(self):
+        """Places the kart on a random path node, roughly facing along it, and lets it drop and the camera follow."""
+        for _ in range(5):
+            geometry, node = self.geometry, int(self.np_random.integers(len(self.geometry.starts)))
+            heading = geometry.headings[node] + np.radians(self.np_random.uniform(-20.0, 20.0))
+            aside = self.np_random.uniform(-0.3, 0.3) * geometry.widths[node]
+            right = np.array([np.cos(geometry.headings[node]), 0.0, -np.sin(geometry.headings[node])])
+            middle = geometry.starts[node] + geometry.vectors[node] / 2
+            self._place(middle + aside * right + [0.0, 0.5, 0.0], heading)
+            self._hold(0.3)
+            if abs(self._kart_state()[1][1] - middle[1]) < 2.0:  # else it fell through a gap in the road
+                return
+
+
+def progress_reward(gain, seconds, finished, failed):
+    """Reward of a step that gained `gain` metres in `seconds`.
+
+    The sum of the gains over a lap is the same for every lap, so of two finished laps the faster one earns more.
+    """
+    return 0.1 * gain - 0.5 * seconds + 10.0 * finished - 3.0 * failed
+
+
+if "TuxKart-v0" not in gym.registry:
+    gym.register("TuxKart-v0", entry_point=TuxKartEnv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network and PPO
+
+
+def orthogonal(layer, gain):
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """The Nature CNN with a policy head and a value head.
+
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), one block per action dimension, and values (B,).
+    """
+
+    def __init__(self, observation_shape, nvec):
+        super().__init__()
+        self.nvec = [int(n) for n in nvec]
+        gain = 2**0.5
+        self.convolutions = nn.Sequential(
+            orthogonal(nn.Conv2d(observation_shape[0], 32, 8, stride=4), gain),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2), gain),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3, stride=1), gain),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        with torch.no_grad():
+            features = self.convolutions(torch.zeros(1, *observation_shape)).shape[1]
+        self.hidden = nn.Sequential(orthogonal(nn.Linear(features, 512), gain), nn.ReLU())
+        self.policy = orthogonal(nn.Linear(512, sum(self.nvec)), 0.01)
+        self.value = orthogonal(nn.Linear(512, 1), 1.0)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, obs):
+        pictures = obs.float().div_(255.0).contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
+        hidden = self.hidden(self.convolutions(pictures))
+        return self.policy(hidden), self.value(hidden).squeeze(-1)
+
+
+def evaluate_actions(logits, actions, nvec):
+    """Log-probability and entropy of independent categorical action dimensions.
+
+    logits: (B, sum(nvec)); actions: (B, len(nvec)). Returns (B,), (B,).
+    """
+    logprobs, entropies = [], []
+    for block, action in zip(logits.split(nvec, -1), actions.unbind(-1), strict=True):
+        block = block.log_softmax(-1)
+        logprobs.append(block.gather(-1, action[:, None]).squeeze(-1))
+        entropies.append(-(block.exp() * block).sum(-1))
+    return torch.stack(logprobs).sum(0), torch.stack(entropies).sum(0)
+
+
+def choose_actions(logits, nvec, greedy=False, generator=None):
+    """Most probable actions, or sampled ones. logits: (B, sum(nvec)) -> int64 (B, len(nvec))."""
+    blocks = logits.split(nvec, -1)
+    if greedy:
+        return torch.stack([block.argmax(-1) for block in blocks], -1)
+    return torch.cat([torch.multinomial(block.softmax(-1), 1, generator=generator) for block in blocks], -1)
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), cut at every episode's end.
+
+    rewards, values, next_values, terminations, dones: (T, N). `next_values[t]` is V of the observation that step t led
+    to, so a truncated episode bootstraps from its own last picture and never from the next start.
+    Returns advantages, (T, N).
+    """
+    deltas = rewards + gamma * next_values * ~terminations - values
+    advantages = torch.empty_like(rewards)
+    running = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        running = deltas[t] + gamma * gae_lambda * ~dones[t] * running
+        advantages[t] = running
+    return advantages
+
+
+def ppo_loss(agent, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
+    """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of one minibatch.
+
+    batch: obs (B, C, H, W), actions (B, A), logprobs, values, advantages, returns (B,). Returns the loss and a dict of
+    detached scalars. The approximate KL divergence is the estimator (r - 1) - log r of http://joschu.net/blog/kl-approx.html.
+    """
+    logits, values = agent(batch["obs"])
+    logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec)
+    logratio = logprobs - batch["logprobs"]
+    ratio = logratio.exp()
+    advantages = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
+    policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
+    value_error = (values - batch["returns"]) ** 2
+    if clip_vloss:
+        clipped = batch["values"] + (values - batch["values"]).clamp(-clip_coef, clip_coef)
+        value_error = torch.max(value_error, (clipped - batch["returns"]) ** 2)
+    value_loss = 0.5 * value_error.mean()
+    loss = policy_loss - ent_coef * entropy.mean() + vf_coef * value_loss
+    return loss, {
+        "losses/policy_loss": policy_loss.detach(),
+        "losses/value_loss": value_loss.detach(),
+        "losses/entropy": entropy.mean().detach(),
+        "losses/approx_kl": ((ratio - 1) - logratio).mean().detach(),
+        "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean().detach(),
+        "losses/ratio_error": (ratio - 1).abs().max().detach(),
+    }
+
+
+def ppo_update(agent, optimizer, batch, args):
+    """All passes over one iteration's data; batch: tensors of B rows each, as in `ppo_loss`.
+
+    Returns the scalars of `ppo_loss` averaged over the minibatches (ratio_error: of the first, where it shows how far
+    sampling and learning disagree about the same network), and explained_variance.
+    """
+    size = len(batch["returns"])
+    totals, first_error, stop = [], None, False
+    for _ in range(args.epochs):
+        for rows in torch.randperm(size).to(batch["returns"].device).split(size // args.num_minibatches):
+            minibatch = {key: value[rows] for key, value in batch.items()}
+            loss, scalars = ppo_loss(agent, minibatch, args.clip_coef, args.clip_vloss, args.ent_coef, args.vf_coef)
+            first_error = scalars["losses/ratio_error"] if first_error is None else first_error
+            totals.append(scalars)
+            stop = args.target_kl is not None and scalars["losses/approx_kl"] > args.target_kl
+            if stop:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+        if stop:
+            break
+    metrics = {key: torch.stack([scalars[key] for scalars in totals]).mean().item() for key in totals[0]}
+    metrics["losses/ratio_error"] = first_error.item()
+    residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
+    metrics["losses/explained_variance"] = 1 - residual.item()
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+RELOAD_INTERVAL = 32  # iterations after which the games start afresh: a resumed run replays no more than that
+
+
+class Sampler:
+    """Plays `num_steps` decisions in every environment, in two groups: while the network looks at the pictures of one,
+    the games of the other go on."""
+
+    def __init__(self, args, device):
+        halves = np.array_split(np.arange(args.num_envs), min(2, args.num_envs))
+        envs = [make_env(args, args.track[i % len(args.track)], args.random_start) for i in range(args.num_envs)]
+        self.columns = [slice(int(half[0]), int(half[-1]) + 1) for half in halves]
+        self.groups = [
+            gym.vector.AsyncVectorEnv(envs[c], copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+            for c in self.columns
+        ]
+        space, actions = self.groups[0].single_observation_space, self.groups[0].single_action_space
+        shape = (args.num_steps, args.num_envs)
+        self.observation_shape, self.nvec = space.shape, actions.nvec
+        self.obs = torch.zeros(shape + space.shape, dtype=torch.uint8, device=device)  # (T, N, C, H, W)
+        self.actions = torch.zeros((*shape, len(self.nvec)), dtype=torch.int64, device=device)
+        self.logprobs, self.values, self.next_values = (torch.zeros(shape, device=device) for _ in range(3))
+        self.rewards, self.terminations, self.dones = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
+        self.next_obs = [None] * len(self.groups)
+
+    def reset(self, seed=None):
+        """Loads the track and starts an episode in every environment; environment i is seeded with seed + i, if at all."""
+        for g, columns in enumerate(self.columns):
+            seeds = [seed if seed is None else seed + i for i in range(columns.start, columns.stop)]
+            self.groups[g].reset_async(seed=seeds, options={"reload": True})
+        self.next_obs = [group.reset_wait()[0] for group in self.groups]
+
+    def snapshots(self):
+        """The running episode of every environment, to be stored in a checkpoint."""
+        return [snapshot for group in self.groups for snapshot in group.get_attr("snapshot")]
+
+    def restore(self, snapshots):
+        """Drives every environment to where its snapshot was taken."""
+        for group, columns in zip(self.groups, self.columns, strict=True):
+            group.set_attr("snapshot", snapshots[columns])
+        self.next_obs = [np.stack(group.call("observation")) for group in self.groups]
+
+    @torch.no_grad()
+    def collect(self, agent):
+        """Fills the storage. Returns the final infos of the episodes that ended, oldest first."""
+        device, episodes, last_pictures = self.obs.device, [], []
+        for t in range(len(self.obs)):
+            for g, columns in enumerate(self.columns):
+                if t > 0:
+                    self._receive(t - 1, g, episodes, last_pictures)
+                self.obs[t, columns] = torch.from_numpy(self.next_obs[g]).to(device)
+                logits, self.values[t, columns] = agent(self.obs[t, columns])
+                self.actions[t, columns] = actions = choose_actions(logits, agent.nvec)
+                self.logprobs[t, columns] = evaluate_actions(logits, actions, agent.nvec)[0]
+                self.groups[g].step_async(actions.cpu().numpy())
+        for g in range(len(self.groups)):
+            self._receive(len(self.obs) - 1, g, episodes, last_pictures)
+
+        self.next_values[:-1] = self.values[1:]
+        for g, columns in enumerate(self.columns):
+            self.next_values[-1, columns] = agent(torch.from_numpy(self.next_obs[g]).to(device))[1]
+        for t, env, picture in last_pictures:
+            self.next_values[t, env] = agent(torch.from_numpy(picture)[None].to(device))[1][0]
+        return episodes
+
+    def _receive(self, t, g, episodes, last_pictures):
+        """Waits for the step t of group g. A truncated episode's last picture is kept for its bootstrap value."""
+        columns = self.columns[g]
+        self.next_obs[g], rewards, terminations, truncations, infos = self.groups[g].step_wait()
+        self.rewards[t, columns], self.terminations[t, columns] = rewards, terminations
+        self.dones[t, columns] = terminations | truncations
+        for i in np.flatnonzero(terminations | truncations):
+            episodes.append({key: infos["final_info"][key][i] for key in infos["final_info"] if key[0] != "_"})
+            if truncations[i]:
+                last_pictures.append((t, columns.start + int(i), infos["final_obs"][i]))
+
+    def batch(self, gamma, gae_lambda):
+        """The storage as one flat batch for `ppo_update`."""
+        rewards, terminations, dones = (
+            torch.from_numpy(a).to(self.obs.device) for a in (self.rewards, self.terminations, self.dones)
+        )
+        advantages = compute_gae(rewards, self.values, self.next_values, terminations, dones, gamma, gae_lambda)
+        tensors = {
+            "obs": self.obs,
+            "actions": self.actions,
+            "logprobs": self.logprobs,
+            "values": self.values,
+            "advantages": advantages,
+            "returns": advantages + self.values,
+        }
+        return {key: value.flatten(0, 1) for key, value in tensors.items()}
+
+    def close(self):
+        for group in self.groups:
+            group.close(terminate=True)
+
+
+def make_env(args, track, random_start=0.0, driver="agent"):
+    """A function without arguments that makes one environment, for AsyncVectorEnv."""
+    names = ("engine", "width", "height", "frame_stack", "step_size", "max_seconds", "laps", "difficulty", "kart", "reverse")
+    settings = {name: getattr(args, name) for name in names}
+    return lambda: TuxKartEnv(track=track, random_start=random_start, driver=driver, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def race_envs(args, track, driver="agent"):
+    """Game processes for evaluation races, a few more than there are cores."""
+    count = min(args.eval_episodes, 2 * (os.cpu_count() or 1))
+    envs = [make_env(args, track, driver=driver)] * count
+    return gym.vector.AsyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+def run_races(envs, policy, seeds, keep_frames=0):
+    """Drives one evaluation race per seed. policy: pictures (K, C, H, W) -> actions (K, A).
+
+    Returns a list of dicts in the order of the seeds: the env's final info, the seed, the snapshot that replays the
+    race, and the newest picture of every decision, uint8 (T, H, W, 3), for the first `keep_frames` races.
+    """
+    waiting, results = deque(seeds), {}
+    racing = [None] * envs.num_envs  # the seed that each environment races
+    frames = {seed: [] for seed in list(seeds)[:keep_frames]}
+
+    def start(mask):
+        for i in np.flatnonzero(mask):
+            racing[i] = waiting.popleft()
+        own = [seed if mask[i] else None for i, seed in enumerate(racing)]
+        return envs.reset(seed=own, options={"race": True, "reset_mask": mask})[0]
+
+    obs = start(np.arange(envs.num_envs) < len(seeds))
+    while len(results) < len(seeds):
+        for i, seed in enumerate(racing):
+            if seed in frames:
+                frames[seed].append(obs[i, -3:].transpose(1, 2, 0).copy())
+        obs, _, terminations, truncations, infos = envs.step(policy(obs))
+        done = (terminations | truncations) & [seed is not None for seed in racing]
+        if done.any():
+            snapshots = envs.get_attr("snapshot")
+            for i in np.flatnonzero(done):
+                race = {key: infos[key][i] for key in infos if key[0] != "_"}
+                results[racing[i]] = race | {"seed": racing[i], "snapshot": snapshots[i]}
+                racing[i] = None
+            start_mask = done & (np.cumsum(done) <= len(waiting))
+            if start_mask.any():
+                obs = start(start_mask)
+    return [results[seed] | {"frames": frames.get(seed)} for seed in seeds]
+
+
+def network_policy(agent, device, greedy, seed=0):
+    """The agent as a policy for `run_races`; it leaves the global random state alone."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def policy(obs):
+        logits, _ = agent(torch.from_numpy(obs).to(device))
+        return choose_actions(logits, agent.nvec, greedy, generator).cpu().numpy()
+
+    return policy
+
+
+def summarize(races):
+    """Figures of a set of races, for evaluation.json and the logs."""
+    laps = [float(race["lap_time"]) for race in races if race["finished"]]
+    return {
+        "races": len(races),
+        "finished": len(laps),
+        "lap_times": laps,
+        "median": float(np.median(laps)) if laps else None,
+        "best": min(laps) if laps else None,
+        "progress": float(np.mean([race["progress"] for race in races])),
+        "off_track_seconds": float(np.mean([race["off_track_seconds"] for race in races])),
+    }
+
+
+def score(summary):
+    """What makes a checkpoint the best: finish rate, then lap time. A larger tuple is better."""
+    return summary["finished"] / summary["races"], -(summary["median"] or float("inf")), summary["progress"]
+
+
+def ai_races(args, track, seeds):
+    """The same races, driven by the game's own AI."""
+    envs = race_envs(args, track, driver="ai")
+    try:
+        return run_races(envs, lambda obs: np.zeros((len(obs), 4), np.int64), seeds)
+    finally:
+        envs.close(terminate=True)
+
+
+def film_race(args, track, snapshot, path, width=640, height=480):
+    """Replays one race at a size a person wants to look at and writes it as mp4, 20 pictures a second of game time."""
+    import imageio.v2
+
+    env = make_env(dataclasses.replace(args, width=width, height=height, frame_stack=1), track)()
+    env.substeps = max(1, round(args.step_size / 0.05))
+    with imageio.v2.get_writer(path, fps=env.substeps / args.step_size, macro_block_size=2) as video:
+        env.on_frame = lambda image: video.append_data(np.array(image))
+        env.snapshot = snapshot
+    env.close()
+
+
+def write_mosaic(races, path, fps):
+    """Up to 16 races side by side as mp4; a finished race stands still on its last picture."""
+    import imageio.v2
+
+    clips = [np.stack(race["frames"]) for race in races[:16]]
+    length, columns = max(map(len, clips)), int(np.ceil(len(clips) ** 0.5))
+    clips += [np.zeros_like(clips[0][:1])] * (-len(clips) % columns)
+    clips = [np.concatenate([clip, clip[-1:].repeat(length - len(clip), 0)]).repeat(2, 1).repeat(2, 2) for clip in clips]
+    rows = [np.concatenate(clips[i : i + columns], 2) for i in range(0, len(clips), columns)]
+    imageio.v2.mimwrite(path, list(np.concatenate(rows, 1)), fps=fps, macro_block_size=2)
+
+
+def evaluate(args, checkpoint):
+    """Races a checkpoint, greedy and sampled, beside the game's AI; writes evaluation.json and two films."""
+    device, made_on = pick_device(args.device), checkpoint["made_on"]
+    here = describe_setting(args)
+    if here["observation"] != made_on["observation"]:
+        raise UsageError("The checkpoint's network sees other pictures: leave out --width, --height and --frame-stack.")
+    for key in ("engine", "assets", "track", "step_size", "difficulty", "laps", "kart", "reverse"):
+        if made_on[key] != here[key]:
+            print(f"note: this checkpoint learnt with {key} {made_on[key]} and races with {here[key]}")
+    agent = agent_from(checkpoint, device)
+    torch.set_num_threads(1)
+
+    track = args.track[0]
+    seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
+    envs = race_envs(args, track)
+    try:
+        started = time.time()
+        greedy = run_races(envs, network_policy(agent, device, greedy=True), seeds, keep_frames=16)
+        sampled = run_races(envs, network_policy(agent, device, greedy=False, seed=args.eval_seed), seeds)
+    finally:
+        envs.close(terminate=True)
+    ai = ai_races(args, track, seeds)
+
+    result = here | {"checkpoint": str(args.evaluate), "iteration": checkpoint["iteration"], "seeds": seeds}
+    result |= {"greedy": summarize(greedy), "sampled": summarize(sampled), "ai": summarize(ai)}
+    result |= {key: result["greedy"][key] for key in ("finished", "lap_times", "median", "off_track_seconds")}
+    result |= {"ai_lap_times": result["ai"]["lap_times"], "ai_median": result["ai"]["median"]}
+    result["ratio"] = result["median"] / result["ai_median"] if result["median"] and result["ai_median"] else None
+    folder = unused(Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    print(f"{track}, {len(seeds)} races, {here['engine']} {here['engine_version']}, assets {here['assets']}")
+    print(f"{'':10}{'finished':>10}{'median':>10}{'best':>10}{'off track':>12}")
+    for name in ("greedy", "sampled", "ai"):
+        row = result[name]
+        times = [f"{row[key]:.2f} s" if row[key] else "-" for key in ("median", "best")]
+        done = f"{row['finished']}/{row['races']}"
+        print(f"{name:10}{done:>10}{times[0]:>10}{times[1]:>10}{row['off_track_seconds']:>10.2f} s")
+    if result["ratio"]:
+        print(f"the agent's median is {result['ratio']:.3f} of the AI's")
+    write_mosaic(greedy, folder / "mosaic.mp4", 1 / args.step_size)
+    best = min(greedy, key=lambda race: (not race["finished"], race["lap_time"] if race["finished"] else -race["progress"]))
+    film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], folder / "best_race.mp4"))
+    film.start()
+    film.join()
+    print(f"written to {folder}/: evaluation.json, best_race.mp4, mosaic.mp4 ({time.time() - started:.0f} s)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save and load
+
+
+def save_atomically(contents, path):
+    """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict of tensors and plain values; nothing in the file is executed. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"args", "made_on", "agent", "iteration"} - checkpoint.keys()
+    except Exception as error:
+        raise UsageError(f"{path} is not a checkpoint of this script ({type(error).__name__}): type another path.") from error
+    known = {field.name for field in dataclasses.fields(Args)}
+    if missing or not checkpoint["args"].keys() <= known:
+        raise UsageError(f"{path} is a checkpoint of another script or version: type another path.")
+    return checkpoint
+
+
+def agent_from(checkpoint, device):
+    """The network of a checkpoint."""
+    agent = Agent(checkpoint["made_on"]["observation"], checkpoint["made_on"]["actions"]).to(device)
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        raise UsageError("The checkpoint holds another network than this script's: type another path.") from error
+    return agent
+
+
+def describe_setting(args):
+    """What a checkpoint was made on, as plain values."""
+    engine = find_engine(args.engine)
+    return {
+        "engine": engine,
+        "engine_version": engine_version(engine),
+        "assets": find_assets(engine)[1],
+        "track": list(args.track),
+        "observation": [3 * args.frame_stack, args.height, args.width],
+        "actions": [len(STEER), len(PEDALS), 2, 2],
+        **{key: getattr(args, key) for key in ("step_size", "difficulty", "laps", "kart", "reverse")},
+    }
+
+
+def unused(path):
+    """The path itself, or with a number behind it where something is already there."""
+    candidates = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+class Logger:
+    """The same scalars to TensorBoard and to metrics.jsonl, which a resumed run cuts back to its checkpoint."""
+
+    def __init__(self, folder, args, iteration):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", buffering=1)
+        self.board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+        rows = [f"|{field.name}|{getattr(args, field.name)}|" for field in dataclasses.fields(args)]
+        self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
+
+    def write(self, iteration, step, scalars):
+        for key, value in scalars.items():
+            self.board.add_scalar(key, value, step)
+        self.file.write(json.dumps({"iteration": iteration, "global_step": step} | scalars) + "\n")
+
+    def film(self, tag, frames, fps, step):
+        """A small moving picture for TensorBoard's image page; frames: uint8 (T, H, W, 3)."""
+        import imageio.v3
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        gif = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=1000 / fps, loop=0)
+        height, width = frames[0].shape[:2]
+        image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
+        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def close(self):
+        self.file.close()
+        self.board.close()
+
+
+def train(args, checkpoint=None):
+    """Learns, from the start or from a run's last checkpoint; writes runs/<name>/."""
+    from tqdm import tqdm
+
+    device, made_on, initial = pick_device(args.device), describe_setting(args), None
+    if checkpoint:
+        folder = args.resume
+        for key, value in made_on.items():
+            if checkpoint["made_on"][key] != value:
+                print(f"note: this run began with {key} {checkpoint['made_on'][key]} and goes on with {value}")
+    else:
+        if args.init_from:
+            initial = load_checkpoint(args.init_from)
+            if any(initial["made_on"][key] != made_on[key] for key in ("observation", "actions")):
+                raise UsageError(
+                    f"{args.init_from} sees {initial['made_on']['observation']} and acts {initial['made_on']['actions']}, "
+                    f"this run {made_on['observation']} and {made_on['actions']}: "
+                    "give the same --width, --height and --frame-stack."
+                )
+        name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path("runs") / name
+        if folder.exists():
+            raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
+
+    sampler = Sampler(args, device)  # the games first: a process forks best while it is small
+    arena = race_envs(args, args.track[0]) if args.eval_interval else None
+    logger = None
+    try:
+        torch.manual_seed(args.seed)
+        agent = Agent(sampler.observation_shape, sampler.nvec).to(device)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        sampler.reset(args.seed * 10_000)
+        iteration, elapsed, best, recent = 0, 0.0, None, deque(maxlen=100)
+        if checkpoint:
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            iteration, elapsed, best = checkpoint["iteration"], checkpoint["elapsed"], checkpoint["best"]
+            recent.extend(checkpoint["recent"])
+            sampler.restore(checkpoint["episodes"])
+            torch.set_rng_state(checkpoint["rng"])
+            if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        elif initial:
+            agent.load_state_dict(initial["agent"])
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = args_to_plain(args)
+        (folder / "config.json").write_text(json.dumps(plain | {"made_on": made_on}, indent=2) + "\n")
+        logger = Logger(folder, args, iteration)
+
+        batch_size = args.num_envs * args.num_steps
+        iterations = args.total_timesteps // batch_size
+        print(f"{folder}: {made_on['engine']} {made_on['engine_version']}, assets {made_on['assets']}, network on {device}")
+        bar = tqdm(total=iterations * batch_size, initial=iteration * batch_size, unit=" decisions", smoothing=0.05)
+        while iteration < iterations:
+            started = time.time()
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
+            torch.set_num_threads(1)  # the games have the other cores
+            episodes = sampler.collect(agent)
+            sampled = time.time()
+            torch.set_num_threads(os.cpu_count() or 1)
+            metrics = ppo_update(agent, optimizer, sampler.batch(args.gamma, args.gae_lambda), args)
+            learnt = time.time()
+            iteration += 1
+            step = iteration * batch_size
+
+            recent.extend([e["return"], e["progress"], bool(e["finished"]), e["lap_time"]] for e in episodes if e["from_line"])
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            if recent:
+                returns, progress, finished, laps = (np.array(column, float) for column in zip(*recent, strict=True))
+                metrics["charts/episodic_return"], metrics["charts/progress"] = returns.mean(), progress.mean()
+                metrics["charts/finish_rate"] = finished.mean()
+                if finished.any():
+                    metrics["charts/lap_time"] = laps[finished > 0].mean()
+                bar.set_postfix(progress=f"{progress.mean():.0%}", finish=f"{finished.mean():.0%}", refresh=False)
+            if iteration % RELOAD_INTERVAL == 0:
+                sampler.reset()
+            if args.eval_interval and (iteration % args.eval_interval == 0 or iteration == iterations):
+                torch.set_num_threads(1)
+                first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
+                seeds = range(first, first + args.eval_episodes)
+                races = run_races(arena, network_policy(agent, device, greedy=True), seeds, keep_frames=1)
+                summary = summarize(races)
+                metrics |= {f"eval/{key}": summary[key] for key in ("finished", "progress", "off_track_seconds")}
+                if summary["finished"]:
+                    metrics |= {"eval/median_lap": summary["median"], "eval/best_lap": summary["best"]}
+                logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
+                note = f"{summary['median']:.2f} s" if summary["finished"] else f"progress {summary['progress']:.0%}"
+                bar.write(f"{step:>9} decisions: {summary['finished']}/{summary['races']} finished, {note}")
+                if best is None or score(summary) > tuple(best):
+                    best = list(score(summary))
+                    weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
+                    save_atomically(weights, folder / "best.pt")
+            spent = time.time() - started
+            elapsed += spent
+            metrics |= {"charts/SPS": batch_size / spent, "charts/elapsed_seconds": elapsed}
+            metrics |= {"charts/sampling_SPS": batch_size / (sampled - started), "charts/update_seconds": learnt - sampled}
+            logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
+            save_atomically(
+                {
+                    "args": plain,
+                    "made_on": made_on,
+                    "agent": agent.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "iteration": iteration,
+                    "elapsed": elapsed,
+                    "best": best,
+                    "recent": [[float(value) for value in row] for row in recent],
+                    "episodes": sampler.snapshots(),
+                    "rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                },
+                folder / "last.pt",
+            )
+            bar.update(batch_size)
+        bar.close()
+        print(f"done: type `python {Path(sys.argv[0]).name} --evaluate {folder}/best.pt` to race it against the game's AI")
+    except KeyboardInterrupt:
+        if (folder / "last.pt").exists():
+            print(f"\nstopped; everything up to the last iteration is saved: type --resume {folder} to go on")
+        else:
+            print("\nstopped before the first iteration was done; nothing to resume")
+    finally:
+        if logger:
+            logger.close()
+        sampler.close()
+        if arena:
+            arena.close(terminate=True)
+
+
+def pick_device(name):
+    """The torch device for --device. Raises UsageError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def args_to_plain(args):
+    """Args as plain values for JSON and checkpoints; what belongs to one call only is left out."""
+    plain = dataclasses.asdict(dataclasses.replace(args, resume=None, evaluate=None))
+    return {key: str(value) if isinstance(value, Path) else value for key, value in plain.items()}
+
+
+def plain_to_args(plain):
+    """The inverse of `args_to_plain`."""
+    return Args(**plain | {"track": tuple(plain["track"]), "init_from": plain["init_from"] and Path(plain["init_from"])})
+
+
+def check_args(args):
+    """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
+    engine = find_engine(args.engine)
+    assets, version = find_assets(engine)
+    tracks = race_tracks(assets)
+    for track in args.track:
+        if track not in tracks:
+            close = difflib.get_close_matches(track, tracks, 1, 0)
+            raise UsageError(f"There is no track {track}: type --track {close[0]}, or one of {', '.join(tracks)}.")
+    karts = sorted(path.parent.name for path in (assets / "data" / "karts").glob("*/kart.xml"))
+    if args.kart not in karts:
+        close = difflib.get_close_matches(args.kart, karts, 1, 0)
+        raise UsageError(f"There is no kart {args.kart}: type --kart {close[0]}, or one of {', '.join(karts)}.")
+    at_least = {"num_envs": 1, "num_steps": 2, "width": 36, "height": 36, "frame_stack": 1, "laps": 1, "epochs": 1}
+    at_least |= {"num_minibatches": 1, "eval_episodes": 1, "eval_interval": 0, "total_timesteps": 1, "seed": 0, "eval_seed": 0}
+    for name, least in at_least.items():
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: type {least} or more.")
+    for name in ("width", "height"):
+        if getattr(args, name) > 2048 or getattr(args, name) % 2:
+            raise UsageError(f"--{name} is {getattr(args, name)}: type an even number up to 2048.")
+    for name, (low, high) in {
+        "random_start": (0, 1),
+        "gamma": (0, 1),
+        "gae_lambda": (0, 1),
+        "step_size": (1 / 120, 1),
+        "learning_rate": (0, 1),
+    }.items():
+        if not low <= getattr(args, name) <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: type a number from {low:.4g} to {high}.")
+    if args.max_seconds <= 0:
+        raise UsageError(f"--max-seconds is {args.max_seconds}: type a positive number of seconds.")
+    batch = args.num_envs * args.num_steps
+    if batch % args.num_minibatches:
+        raise UsageError(
+            f"A batch of {args.num_envs} environments x {args.num_steps} steps = {batch} decisions does not divide into "
+            f"{args.num_minibatches} minibatches: type another --num-minibatches."
+        )
+    if args.total_timesteps < batch:
+        raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one batch: type {batch} or more.")
+    if sys.platform == "linux":
+        for library in ("libEGL.so.1", *(("libOpenGL.so.0", "libGLX.so.0", "libX11.so.6") if engine == "pystk" else ())):
+            try:
+                ctypes.CDLL(library)
+            except OSError as error:
+                raise UsageError(f"{library} is missing, so the game has no display: type ./install.sh") from error
+    return args
+
+
+def parse(argv):
+    """The command line as Args, and the checkpoint where one is resumed or evaluated, whose settings are the defaults."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if not (args.resume or args.evaluate):
+        return check_args(args), None
+    checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")
+    saved = plain_to_args(checkpoint["args"])
+    args = tyro.cli(Args, args=argv, default=saved)
+    changed = [name for name in args_to_plain(args) if getattr(args, name) != getattr(saved, name) and name != "device"]
+    if args.resume and changed:
+        flag = changed[0].replace("_", "-")
+        raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --init-from.")
+    return check_args(args), checkpoint
+
+
+def main():
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        # Keep freed memory instead of handing every large tensor back to the kernel: learning takes half the time.
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    try:
+        args, checkpoint = parse(sys.argv[1:])
+        evaluate(args, checkpoint) if args.evaluate else train(args, checkpoint)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
