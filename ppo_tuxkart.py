@@ -197,13 +197,13 @@ def find_assets(engine):
 
 
 def race_tracks(assets):
-    """Names of the race tracks (no arenas, soccer fields or cut scenes) in an assets folder, sorted."""
-    tracks = []
+    """The race tracks (no arenas, soccer fields or cut scenes) in an assets folder: {name: whether it can be reversed}."""
+    tracks = {}
     for file in sorted((assets / "data" / "tracks").glob("*/track.xml")):
         root = xml.etree.ElementTree.parse(file).getroot()
-        special = {"arena", "soccer", "cutscene", "internal", "ctf"}
-        if (file.parent / "quads.xml").exists() and not any(root.get(key, "N").upper() == "Y" for key in special):
-            tracks.append(file.parent.name)
+        yes = {key for key, value in root.items() if value.upper() == "Y"}
+        if (file.parent / "quads.xml").exists() and not yes & {"arena", "soccer", "cutscene", "internal"}:
+            tracks[file.parent.name] = "reverse" in yes
     return tracks
 
 
@@ -290,9 +290,10 @@ class TuxKartEnv(gym.Env):
     At the end `info` holds lap_time (s, nan unless finished), finished, progress (share of the race's distance),
     off_track_m (largest), off_track_seconds, seconds, return and end (why).
 
-    `reset(options={"reload": True})` loads the track anew, so that nothing of the episodes before is left, not even in
-    the camera's motion. `reset(options={"race": True})` does so too and starts an evaluation race: from the line, with a disturbance drawn from the seed
-    (up to 2 m aside, 10 degrees askew and 0.2 s late), ended by the finish, the time limit or 15 s without progress.
+    `reset(seed=...)` loads the track anew (0.6 s), so that nothing of the episodes before is left, not even in the
+    camera's motion; without a seed a reset takes a hundredth of that. `reset(seed=..., options={"race": True})` starts an
+    evaluation race: from the line, with a disturbance drawn from the seed (up to 2 m aside, 10 degrees askew and 0.2 s
+    late), ended by the finish, the time limit or 15 s without progress.
     One game runs per process: use gymnasium's AsyncVectorEnv for more. With `driver="ai"` the game's own AI drives,
     nothing is drawn, actions are ignored and observations are black.
     """
@@ -325,6 +326,7 @@ class TuxKartEnv(gym.Env):
         self.action_space = gym.spaces.MultiDiscrete([len(STEER), len(PEDALS), 2, 2])
         self.substeps, self.on_frame = 1, None  # a film draws several pictures a decision
         self._stk = self._race = None
+        self._loads = 0
 
     def _boot(self):
         """Starts the engine, once in a process."""
@@ -335,19 +337,18 @@ class TuxKartEnv(gym.Env):
         graphics.screen_width, graphics.screen_height = self.size
         stk.init(graphics)
         TuxKartEnv._process_is_busy = True
-        library = ctypes.CDLL(stk.__file__)
         # Wind, flags and the like move with the wall clock, so no two races would look alike: they get the game's clock.
-        self._set_scenery_clock = getattr(library, "_ZN3irr2os5Timer7setTimeEj", lambda milliseconds: None)
-        getattr(library, "_ZN3irr2os5Timer9stopTimerEv", lambda: None)()
-        self._seed_scenery = getattr(library, "_ZN3irr2os10Randomizer5resetEi", lambda seed: None)
+        library = ctypes.CDLL(stk.__file__)
+        names = ("os5Timer8setSpeedEf", "os5Timer7setTimeEj", "os10Randomizer5resetEi")
+        functions = [getattr(library, f"_ZN3irr2{name}", lambda *_: None) for name in names]
+        functions[0](ctypes.c_float(0.0))
+        _, self._set_clock, self._seed_scenery = functions
         self._world = stk.WorldState()
 
     def _load_race(self):
         """Loads the track; everything in the game is new after it, the camera too."""
         stk = self._stk
-        if self._race is not None:
-            self._race.stop()
-            self._race = None  # the engine allows one race at a time
+        self._unload_race()
         config = stk.RaceConfig()
         config.track, config.laps, config.difficulty, config.reverse = self.track, self.laps, self.difficulty, self.reverse
         config.num_kart, config.step_size = 1, self.step_size
@@ -358,12 +359,18 @@ class TuxKartEnv(gym.Env):
         config.players[0].controller = controllers.AI_CONTROL if self.driver == "ai" else controllers.PLAYER_CONTROL
         ctypes.CDLL(None).srand(0)
         self._seed_scenery(0)
-        self._set_scenery_clock(0)
+        self._set_clock(0)
         self._race = stk.Race(config)
         self._race.start()
+        self._loads += 1
         track = stk.Track()
         track.update()
         self.geometry = TrackGeometry(track.path_nodes, track.path_width, track.path_distance, track.length)
+
+    def _unload_race(self):
+        if self._race is not None:
+            self._race.stop()
+            self._race = None  # the engine allows one race at a time
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -371,19 +378,24 @@ class TuxKartEnv(gym.Env):
             self._boot()
         options = options or {}
         self._in_race = bool(options.get("race"))
-        if self._race is None or self._in_race or options.get("reload"):
+        if self._race is None or seed is not None or self.driver == "ai":  # a restart would take the wheel from the AI
             self._load_race()
             self._history = []
+        else:
+            self._race.restart()
         self._history.append({"rng": self.np_random.bit_generator.state, "options": options, "actions": []})
-        self._race.restart()
+        self._world.update()
         self._hold(1 / 120)
+        _, location, _ = self._kart_state()
+        front, self._handicap = np.array(self._world.karts[0].front, np.float64) - location, 0.0
+        heading = np.arctan2(front[0], front[2])
         if hasattr(self._world, "phase"):  # pystk2 counts down for 5 s before a kart can drive
             self._hold(4.9)
             while self._kart_state()[0] == 0:
                 self._hold(0.05)
         self._from_line = self._in_race or self.np_random.random() >= self.random_start
         if self._in_race:
-            self._disturb_start()
+            self._disturb_start(location, heading)
         elif not self._from_line:
             self._start_anywhere()
 
@@ -431,7 +443,7 @@ class TuxKartEnv(gym.Env):
         info = {}
         if terminated or truncated:
             info = {
-                "lap_time": lap_time if finished else float("nan"),
+                "lap_time": lap_time + self._handicap if finished else float("nan"),
                 "finished": finished,
                 "progress": 1.0 if finished else self._progress / self._distance,
                 "off_track_m": self._off_track_m,
@@ -452,25 +464,31 @@ class TuxKartEnv(gym.Env):
 
     def close(self):
         if self._stk is not None:
-            if self._race is not None:
-                self._race.stop()
-            self._race = None
+            self._unload_race()
             self._stk.clean()
             self._stk = None
             TuxKartEnv._process_is_busy = False
 
     @property
     def snapshot(self):
-        """How this environment came here, small enough for a checkpoint; assigning it drives another one to the same place.
+        """How this environment came here, small enough for a checkpoint; assigning it to another one, whose process is
+        new, drives that to the same place.
 
         The game cannot be saved, but it replays exactly: the rng, options and actions of every episode since the track
-        was loaded, because the camera's roll, a moving average over hundreds of pictures, outlives a restart.
+        was loaded, because the camera's roll, a moving average over hundreds of pictures, outlives a restart; and how
+        often the track was loaded, because the spectators then change their shirts.
         """
-        return self._history
+        return {"loads": self._loads, "episodes": self._history}
 
     @snapshot.setter
-    def snapshot(self, history):
-        for episode in history:
+    def snapshot(self, saved):
+        if self._stk is None:
+            self._boot()
+        super().reset(seed=0)
+        while self._loads < saved["loads"] - 1:
+            self._load_race()
+        self._unload_race()
+        for episode in saved["episodes"]:
             self.np_random.bit_generator.state = episode["rng"]
             self.reset(options=episode["options"])
             for action in episode["actions"]:
@@ -488,7 +506,7 @@ class TuxKartEnv(gym.Env):
                 self.on_frame(self._race.render_data[0].image)
 
     def _step(self, control):
-        self._set_scenery_clock(int(1000 * self._world.time))
+        self._set_clock(int(1000 * self._world.time))
         self._race.step() if self.driver == "ai" else self._race.step(control)
 
     def _hold(self, seconds):
@@ -512,17 +530,16 @@ class TuxKartEnv(gym.Env):
         x, y, z = (float(value) for value in location)
         self._stk.WorldState.set_kart_location(0, (x, y, z), quaternion(heading), 0.0)
 
-    def _disturb_start(self):
+    def _disturb_start(self, location, heading):
         """Moves the kart aside, turns it and holds it back, by amounts drawn from the seed."""
-        _, location, _ = self._kart_state()
-        front = np.array(self._world.karts[0].front, np.float64) - location
-        heading = np.arctan2(front[0], front[2])
         aside, askew = self.np_random.uniform(-2.0, 2.0), np.radians(self.np_random.uniform(-10.0, 10.0))
+        delay = 0.05 * int(self.np_random.integers(5))
         location = location + aside * np.array([np.cos(heading), 0.0, -np.sin(heading)])
-        for _ in range(1 + int(self.np_random.integers(5))):
-            self._place(location, heading + askew)
-            self._hold(0.05)
         self._place(location, heading + askew)
+        if self.driver == "ai":  # it would drive off, so its clock gets the delay instead
+            self._handicap = delay
+        elif delay:
+            self._hold(delay)
 
     def _start_anywhere(self):
         """Places the kart on a random path node, roughly facing along it, and lets it drop and the camera follow."""
@@ -624,7 +641,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     advantages = torch.empty_like(rewards)
     running = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        running = deltas[t] + gamma * gae_lambda * ~dones[t] * running
+        running = deltas[t] + gamma * gae_lambda * running * ~dones[t]
         advantages[t] = running
     return advantages
 
@@ -715,11 +732,10 @@ class Sampler:
         self.rewards, self.terminations, self.dones = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
         self.next_obs = [None] * len(self.groups)
 
-    def reset(self, seed=None):
-        """Loads the track and starts an episode in every environment; environment i is seeded with seed + i, if at all."""
-        for g, columns in enumerate(self.columns):
-            seeds = [seed if seed is None else seed + i for i in range(columns.start, columns.stop)]
-            self.groups[g].reset_async(seed=seeds, options={"reload": True})
+    def reset(self, seed):
+        """Loads the track and starts an episode in every environment; environment i is seeded with seed + i."""
+        for group, columns in zip(self.groups, self.columns, strict=True):
+            group.reset_async(seed=list(range(seed + columns.start, seed + columns.stop)))
         self.next_obs = [group.reset_wait()[0] for group in self.groups]
 
     def snapshots(self):
@@ -1084,19 +1100,21 @@ def train(args, checkpoint=None):
         torch.manual_seed(args.seed)
         agent = Agent(sampler.observation_shape, sampler.nvec).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-        sampler.reset(args.seed * 10_000)
         iteration, elapsed, best, recent = 0, 0.0, None, deque(maxlen=100)
         if checkpoint:
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             iteration, elapsed, best = checkpoint["iteration"], checkpoint["elapsed"], checkpoint["best"]
             recent.extend(checkpoint["recent"])
+            print("driving the games back to where they were, at most a few minutes", flush=True)
             sampler.restore(checkpoint["episodes"])
             torch.set_rng_state(checkpoint["rng"])
             if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        elif initial:
-            agent.load_state_dict(initial["agent"])
+        else:
+            sampler.reset(args.seed * 1_000_000)
+            if initial:
+                agent.load_state_dict(initial["agent"])
         folder.mkdir(parents=True, exist_ok=True)
         plain = args_to_plain(args)
         (folder / "config.json").write_text(json.dumps(plain | {"made_on": made_on}, indent=2) + "\n")
@@ -1128,7 +1146,7 @@ def train(args, checkpoint=None):
                     metrics["charts/lap_time"] = laps[finished > 0].mean()
                 bar.set_postfix(progress=f"{progress.mean():.0%}", finish=f"{finished.mean():.0%}", refresh=False)
             if iteration % RELOAD_INTERVAL == 0:
-                sampler.reset()
+                sampler.reset(args.seed * 1_000_000 + iteration * args.num_envs)
             if args.eval_interval and (iteration % args.eval_interval == 0 or iteration == iterations):
                 torch.set_num_threads(1)
                 first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
@@ -1213,6 +1231,8 @@ def check_args(args):
         if track not in tracks:
             close = difflib.get_close_matches(track, tracks, 1, 0)
             raise UsageError(f"There is no track {track}: type --track {close[0]}, or one of {', '.join(tracks)}.")
+        if args.reverse and not tracks[track]:
+            raise UsageError(f"The track {track} cannot be driven the other way round: leave out --reverse.")
     karts = sorted(path.parent.name for path in (assets / "data" / "karts").glob("*/kart.xml"))
     if args.kart not in karts:
         close = difflib.get_close_matches(args.kart, karts, 1, 0)

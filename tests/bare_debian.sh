@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# shellcheck disable=SC2329 # called through step
+# Follows the README on a bare Debian: a root with Python and nothing else, a clone of HEAD, the README's two commands
+# inside, each timed. By hand, as root, with debootstrap and git; needs the network and about 6 GB of disk.
+#
+#   tests/bare_debian.sh                  everything, the build of the engine included
+#   tests/bare_debian.sh --reuse-wheels   with the engine's wheel from this user's cache, or built and put there
+#   tests/bare_debian.sh --install-only   without the tests
+#   SUITE=trixie tests/bare_debian.sh     another release than bookworm; MIRROR=http://... names another mirror
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+wheels='' tests=yes
+for option; do
+    case $option in
+        --reuse-wheels) wheels=${XDG_CACHE_HOME:-$HOME/.cache}/ppo_tuxkart/wheels ;;
+        --install-only) tests='' ;;
+        *) sed -n '3,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    esac
+done
+
+# This script runs itself in a mount namespace of its own. So no mount outlives it, however it ends, and what deletes
+# the root sees nothing that was mounted in it.
+if [ -z "${BARE_ROOT:-}" ]; then
+    [ "$(id -u)" = 0 ] || { echo "Run this as root." >&2; exit 2; }
+    command -v debootstrap >/dev/null || { echo "Type \`apt-get install debootstrap\` first." >&2; exit 2; }
+    BARE_ROOT=$(mktemp -d -t bare_debian.XXXXXX)
+    export BARE_ROOT
+    trap 'rm -rf "$BARE_ROOT"' EXIT
+    unshare --mount --propagation private "tests/${0##*/}" "$@"
+    exit
+fi
+
+root=$BARE_ROOT
+suite=${SUITE:-bookworm}
+test_command=$(awk '/^## / && !c { t = /^## Test/ } /^```/ { if (c) exit; c = t && /bash/; next } c' README.md)
+[ -z "$tests" ] || [ -n "$test_command" ] || { echo 'README.md needs a ```bash block under "## Test".' >&2; exit 2; }
+[ -z "$(git status --porcelain)" ] || echo "Note: what is not committed is not tested."
+
+debootstrapped() {
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
+        "$suite" "$root" "${MIRROR:-http://deb.debian.org/debian}" >/dev/null ||
+        { tail "$root/debootstrap/debootstrap.log"; return 1; }
+}
+
+bind() { # FROM TO [MOUNT OPTIONS]
+    mkdir -p "$root$2"
+    mountpoint -q "$root$2" || mount --bind "${@:3}" "$1" "$root$2"
+}
+
+# The root reaches the network as this machine does: name servers, CA bundle, proxies, pip's indexes and folders.
+environment=(HOME=/root LANG=C.UTF-8 PATH=/usr/sbin:/usr/bin:/sbin:/bin)
+host_network() {
+    local name value path
+    cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+    apt-config dump --format '%F "%v";%n' Acquire | grep -E '^Acquire::(https?|Check-)' \
+        >"$root/etc/apt/apt.conf.d/99host" || true
+    for name in SSL_CERT_FILE {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY; do
+        [ -z "${!name:-}" ] || environment+=("$name=${!name}")
+    done
+    [ ! -f "${SSL_CERT_FILE:-}" ] || install -D -m 644 "$SSL_CERT_FILE" "$root$SSL_CERT_FILE"
+    while IFS='=' read -r name value; do # global.extra-index-url='...', or :env:.cert='...', which comes last and wins
+        value=${value:1:-1} name=${name##*.}
+        environment+=("PIP_$(tr 'a-z-' 'A-Z_' <<<"$name")=$value")
+        for path in $value; do
+            path=${path#file://}
+            case $name in
+                cert) install -D -m 644 "$path" "$root$path" ;;
+                find-links) [ ! -d "$path" ] || bind "$path" "$path" -o ro ;;
+                *index-url) # its pages link to files beside it
+                    path=${path%/*}
+                    [ ! -d "$path" ] || bind "$path" "$path" -o ro
+                    ;;
+            esac
+        done
+    done < <(python3 -m pip config list 2>/dev/null | LC_ALL=C sort -r |
+        grep -E '(cert|proxy|trusted-host|index-url|find-links)=')
+    [ -z "$wheels" ] || { mkdir -p "$wheels" && bind "$wheels" /root/.cache/ppo_tuxkart/wheels; }
+}
+
+inside() { chroot "$root" env -i "${environment[@]}" bash -euxo pipefail -c "cd /root/repository; $1"; }
+
+results=()
+step() { # NAME COMMAND...
+    local verdict=PASS start=$SECONDS
+    echo "=== $1"
+    "${@:2}" || verdict=FAIL
+    results+=("$verdict $((SECONDS - start)) s: $1")
+    [ $verdict = PASS ]
+}
+
+trap 'printf "%s\n" "" "${results[@]}"' EXIT
+chmod 755 "$root" # apt reads as a user of its own
+step "debootstrap $suite" debootstrapped
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+git clone -q --depth 1 "file://$PWD" "$root/root/repository"
+host_network
+step "./install.sh" inside ./install.sh
+step "./install.sh, the second time" inside ./install.sh
+[ -z "$tests" ] || step "the README's tests" inside "$test_command"

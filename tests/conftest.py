@@ -1,0 +1,86 @@
+"""What the tests share: running a script as a user does, and running game code in a process of its own."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ppo_tuxkart  # noqa: E402
+
+INSTALLED = [engine for engine in ppo_tuxkart.ENGINES if ppo_tuxkart.engine_version(engine)]
+
+
+@pytest.fixture(params=INSTALLED)
+def engine(request):
+    """Each engine that is installed."""
+    return request.param
+
+
+def in_process(function, *args):
+    """Result of a module-level function, run in a fresh process: one game runs per process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "ppo_tuxkart.py"), *map(str, args)]
+
+
+def run(*args, cwd):
+    """A finished run of the script: returncode, stdout, stderr."""
+    return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=900)
+
+
+def metrics(folder):
+    """The rows of a run's metrics.jsonl without what a clock measured."""
+    clock = {"charts/SPS", "charts/sampling_SPS", "charts/elapsed_seconds", "charts/update_seconds"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
+
+
+def start_and_signal(number, rows, folder, *args, cwd):
+    """Starts the script, sends it a signal once `rows` rows of metrics are written, and waits for its end.
+
+    Returns the process, its output, and the ids of the game processes that it had.
+    """
+    process = subprocess.Popen(command(*args), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    file = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while not (file.exists() and file.read_bytes().count(b"\n") >= rows):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    return process, output, [int(child) for child in children]
+
+
+def alive(pids):
+    """Those of the processes that still run, after a moment of grace."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists() and is_running(pid)]
+        if not pids:
+            break
+        time.sleep(0.1)
+    return pids
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+SIGKILL, SIGINT = signal.SIGKILL, signal.SIGINT

@@ -1,0 +1,335 @@
+"""The environment, on the real game."""
+
+import ctypes
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import in_process
+from gymnasium.utils.env_checker import check_env
+
+import ppo_tuxkart
+from ppo_tuxkart import TrackGeometry, TuxKartEnv, progress_reward
+
+GAS, COAST, BRAKE = 0, 1, 2
+LEFT, STRAIGHT, RIGHT = 0, 2, 4
+
+
+def square_track(reverse=False):
+    """A square of 4 x 100 m, 10 m wide, driven clockwise as seen from above (first towards +z)."""
+    corners = np.array([[0, 0, 0], [0, 0, 100], [100, 0, 100], [100, 0, 0]], float)
+    corners = corners[[0, 3, 2, 1]] if reverse else corners
+    nodes = np.stack([corners, np.roll(corners, -1, 0)], 1)
+    distances = np.stack([np.arange(4) * 100.0, np.arange(1, 5) * 100.0], 1)
+    return TrackGeometry(nodes, np.full((4, 1), 10.0), distances, 400.0)
+
+
+def test_locate_on_a_square():
+    along, offset, heading, width = square_track().locate([[2, 0, 30], [-3, 1, 60], [40, 0, 101], [50, 0, -4]])
+    np.testing.assert_allclose(along, [30, 60, 140, 350])
+    np.testing.assert_allclose(offset, [2, -3, -1, -4])  # right of the road is positive
+    np.testing.assert_allclose(heading, [0, 0, np.pi / 2, -np.pi / 2])
+    np.testing.assert_allclose(width, 10)
+
+
+def test_locate_on_a_reversed_square():
+    along, offset, heading, _ = square_track(reverse=True).locate([[2, 0, 30], [50, 0, -4]])
+    np.testing.assert_allclose(along, [370, 50])
+    np.testing.assert_allclose(offset, [-2, 4])
+    np.testing.assert_allclose(np.cos(heading), [-1, 0], atol=1e-12)
+
+
+def test_locate_takes_any_shape_and_the_nearest_level():
+    track = square_track()
+    points = np.random.default_rng(0).uniform(-10, 110, (3, 5, 3))
+    whole = track.locate(points)
+    for index in np.ndindex(3, 5):
+        np.testing.assert_allclose([values[index] for values in whole], track.locate(points[index]))
+    nodes = [[[0, 0, 0], [0, 0, 50]], [[0, 9, 0], [0, 9, 50]]]  # a bridge over the road
+    bridge = TrackGeometry(nodes, [8, 8], [[0, 50], [50, 100]], 100)
+    np.testing.assert_allclose(bridge.locate([[1, 0.5, 10], [1, 8.5, 10]])[0], [10, 60])
+
+
+def test_gain_goes_the_shorter_way_over_the_line():
+    track = square_track()
+    assert track.gain(398.0, 3.0) == 5.0
+    assert track.gain(3.0, 398.0) == -5.0
+    assert track.gain(100.0, 90.0) == -10.0
+
+
+def test_of_two_laps_the_faster_one_earns_more():
+    def lap(speeds):
+        distances = np.asarray(speeds, float) * 0.15
+        distances *= 1300 / distances.sum()
+        return sum(progress_reward(d, 0.15, False, False) for d in distances) + progress_reward(0, 0, True, False)
+
+    slow, fast = lap(np.ones(400)), lap(np.random.default_rng(0).uniform(0.2, 1, 350))
+    assert fast - slow == pytest.approx(50 * 0.15 * 0.5)
+    assert progress_reward(0.0, 1.0, False, False) < 0  # standing still never pays
+    assert progress_reward(0.0, 0.0, False, True) < 0 < progress_reward(0.0, 0.0, True, False)
+
+
+def every_track(engine):
+    """On each race track, both ways: the geometry at the start, on the line, in the middle, and along an AI's drive."""
+    assets, _ = ppo_tuxkart.find_assets(engine)
+    reversible, findings = ppo_tuxkart.race_tracks(assets), {}
+    env = TuxKartEnv(engine=engine, driver="ai", step_size=0.1)
+    for name, can_reverse in reversible.items():
+        for reverse in [False, True] if can_reverse else [False]:
+            env.track, env.reverse = name, reverse
+            env.reset(seed=0)
+            geometry, length = env.geometry, env.geometry.length
+            middles = geometry.starts + geometry.vectors / 2
+            along, offset, heading, _ = geometry.locate(middles)
+            expected = geometry.distances.mean(1) % length
+            start = min(env._along, length - env._along)
+            at_ends = geometry.locate(np.stack([geometry.starts[0] - 1e-3, geometry.starts[0] + 1e-3]))[0]
+            ours, engines = [], []
+            for _ in range(150):
+                env.step([STRAIGHT, GAS, 0, 0])
+                ours.append(env._along)
+                engines.append(env._world.karts[0].distance_down_track % length)
+            difference = np.abs(geometry.gain(np.array(ours), np.array(engines)))
+            findings[name, reverse] = {
+                "middle_error": np.median(np.abs(geometry.gain(along, expected))),
+                "middle_offset": np.median(np.abs(offset)),
+                "heading_error": np.median(np.abs(np.angle(np.exp(1j * (heading - geometry.headings))))),
+                "start_distance": start,
+                "line_jump": abs(geometry.gain(*at_ends)),
+                "progress": env._progress,
+                "engine_difference": np.median(difference[20:]),
+            }
+    env.close()
+    return findings
+
+
+def test_geometry_on_every_race_track(engine):
+    findings = in_process(every_track, engine)
+    assert len({name for name, _ in findings}) >= 15
+    assert any(reverse for _, reverse in findings)
+    for (name, reverse), found in findings.items():
+        where = f"{name}{' reversed' if reverse else ''}: {found}"
+        assert found["middle_error"] < 0.01 and found["middle_offset"] < 0.01 and found["heading_error"] < 0.01, where
+        assert found["start_distance"] < 40, where
+        assert found["line_jump"] < 1, where
+        assert found["progress"] > 100, where  # 15 s of the AI's driving
+        assert found["engine_difference"] < 5, where
+
+
+def contract(engine):
+    env = gym.make("TuxKart-v0", engine=engine, render_mode="rgb_array", random_start=0.5)
+    check_env(env.unwrapped, skip_render_check=True)  # that check starts a second game
+    env.reset(seed=0)
+    picture = env.render()
+    env.close()
+    env = gym.make("TuxKart-v0", engine=engine, width=96, height=48, frame_stack=3)  # a second game in the process
+    observation, _ = env.reset(seed=0)
+    inside = env.observation_space.contains(observation)
+    second = TuxKartEnv(engine=engine)
+    try:
+        second.reset()
+        refused = ""
+    except RuntimeError as error:
+        refused = str(error)
+    env.close()
+    return picture, observation.shape, inside, refused
+
+
+def test_gymnasium_contract(engine):
+    picture, shape, inside, refused = in_process(contract, engine)
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 10
+    assert shape == (9, 48, 96) and inside
+    assert "One game runs per process" in refused
+
+
+def drive(engine, actions, random_start=0.0, seed=0, settings=None, options=None):
+    """One episode with a fixed action: observations, rewards, the last info, and positions."""
+    env = TuxKartEnv(engine=engine, random_start=random_start, **settings or {})
+    observations, rewards, positions = [env.reset(seed=seed, options=options)[0]], [], [env._kart_state()[1]]
+    for action in actions:
+        observation, reward, terminated, truncated, info = env.step(action)
+        observations.append(observation.copy())
+        rewards.append(reward)
+        positions.append(env._kart_state()[1])
+        if terminated or truncated:
+            break
+    env.close()
+    return np.stack(observations), rewards, (terminated, truncated, info), np.stack(positions)
+
+
+def test_full_throttle_drives_and_pays(engine):
+    observations, rewards, (terminated, truncated, _), positions = in_process(drive, engine, [[STRAIGHT, GAS, 0, 0]] * 10)
+    assert not terminated and not truncated
+    assert 5 < np.linalg.norm(positions[-1] - positions[0]) < 60
+    assert rewards[-1] > 0.1 > rewards[0]
+    old, new = observations[5, :3], observations[5, 3:]
+    assert (observations[4, 3:] == old).all() and (old != new).mean() > 0.1  # a stack of the last two pictures
+
+
+def test_standing_still_is_stuck(engine):
+    _, rewards, (terminated, truncated, info), _ = in_process(drive, engine, [[STRAIGHT, COAST, 0, 0]] * 60)
+    assert terminated and not truncated and info["end"] == "stuck" and not info["finished"]
+    assert 4.0 <= info["seconds"] <= 4.4 and rewards[-1] < -3
+    assert info["return"] == pytest.approx(sum(rewards))
+    assert np.isnan(info["lap_time"]) and abs(info["progress"]) < 0.01
+
+
+def test_reversing_ends_as_backwards_or_stuck_and_off_the_road_as_off_track(engine):
+    _, _, (terminated, _, info), _ = in_process(drive, engine, [[STRAIGHT, BRAKE, 0, 0]] * 80)
+    assert terminated and info["end"] in ("backwards", "stuck") and info["progress"] < 0
+    settings = {"track": "lighthouse"}  # open ground beside the road
+    _, _, (terminated, _, info), _ = in_process(drive, engine, [[3, GAS, 0, 0]] * 300, 0.0, 0, settings)
+    assert terminated and info["off_track_m"] > 0 and info["off_track_seconds"] > 0
+
+
+def test_time_limit_truncates(engine):
+    settings = {"max_seconds": 2.0}
+    _, _, (terminated, truncated, info), _ = in_process(drive, engine, [[STRAIGHT, GAS, 0, 0]] * 60, 0.0, 0, settings)
+    assert truncated and not terminated and info["end"] == "time limit" and 2.0 <= info["seconds"] <= 2.2
+
+
+def random_starts(engine):
+    env = TuxKartEnv(engine=engine, random_start=1.0)
+    rows = []
+    for seed in range(12):
+        env.reset(seed=seed)
+        _, location, _ = env._kart_state()
+        along, offset, heading, width = env.geometry.locate(location)
+        front = np.array(env._world.karts[0].front) - location
+        askew = np.angle(np.exp(1j * (np.arctan2(front[0], front[2]) - heading)))
+        for _ in range(10):
+            env.step([STRAIGHT, GAS, 0, 0])
+        rows.append([along, abs(offset) / width, askew, env._progress])
+    env.close()
+    return np.array(rows)
+
+
+def test_random_starts_are_all_over_the_track_and_face_along_it(engine):
+    along, offset, askew, progress = in_process(random_starts, engine).T
+    assert np.ptp(along) > 600 and len(np.unique(along.round())) > 8
+    assert (offset < 0.5).all()
+    assert (np.abs(askew) < np.radians(45)).all()
+    assert np.median(progress) > 3
+
+
+def races(engine, driver):
+    """Where five disturbed races begin, and when they do."""
+    env = TuxKartEnv(engine=engine, driver=driver)
+    rows = []
+    for seed in range(5):
+        env.reset(seed=seed, options={"race": True})
+        now, location, _ = env._kart_state()
+        front = np.array(env._world.karts[0].front) - location
+        rows.append([*location, np.arctan2(front[0], front[2]), now])
+    env.close()
+    return np.array(rows)
+
+
+def test_no_two_races_start_alike_and_the_ai_starts_like_the_agent(engine):
+    agent, ai = in_process(races, engine, "agent"), in_process(races, engine, "ai")
+    np.testing.assert_allclose(agent, ai, atol=0.01)
+    assert len(np.unique(agent.round(3), axis=0)) == 5
+    assert np.ptp(agent[:, 0]) > 0.5 and np.ptp(agent[:, 3]) > np.radians(2)
+    assert np.abs(agent[:, :3] - agent[:, :3].mean(0)).max() < 4
+
+
+def ai_lap(engine):
+    env = TuxKartEnv(engine=engine, driver="ai", step_size=0.1)
+    env.reset(seed=7, options={"race": True})
+    done, total = False, 0.0
+    while not done:
+        _, reward, terminated, truncated, info = env.step([0, 0, 0, 0])
+        done, total = terminated or truncated, total + reward
+    length = env.geometry.length
+    env.close()
+    return info, total, length
+
+
+def test_the_games_ai_finishes_scotland(engine):
+    """An end-to-end check of the race, its clock and the reward by a driver that is not ours."""
+    info, total, length = in_process(ai_lap, engine)
+    assert info["finished"] and info["end"] == "finished" and info["progress"] == 1.0
+    assert 42 < info["lap_time"] < 56  # 47.3 and 48.5 s were its medians
+    assert info["lap_time"] == pytest.approx(info["seconds"], abs=0.6)
+    assert total == pytest.approx(0.1 * length + 10 - 0.5 * info["lap_time"], rel=0.03)
+
+
+def play(env, generator, steps):
+    """Random driving, episode after episode: the newest pictures."""
+    pictures = []
+    for _ in range(steps):
+        observation, _, terminated, truncated, _ = env.step(generator.integers([5, 3, 2, 2]))
+        pictures.append(observation[-3:].copy())
+        if terminated or truncated:
+            env.reset()
+    return np.stack(pictures)
+
+
+def drive_on(engine, steps):
+    """Drives two loads of the track, takes a snapshot in the middle of an episode, and drives on."""
+    env, generator = TuxKartEnv(engine=engine, random_start=0.5), np.random.default_rng(0)
+    env.reset(seed=3)
+    play(env, generator, 20)
+    env.reset(seed=4)
+    play(env, generator, 200)
+    snapshot = env.snapshot
+    snapshot = snapshot | {"episodes": [episode | {"actions": list(episode["actions"])} for episode in snapshot["episodes"]]}
+    position = np.hstack(env._kart_state())
+    pictures = play(env, generator, steps)
+    env.close()
+    return snapshot, position, pictures
+
+
+def resume(engine, snapshot, steps):
+    env, generator = TuxKartEnv(engine=engine, random_start=0.5), np.random.default_rng(0)
+    generator.integers([5, 3, 2, 2], size=(220, 4))  # what was driven before
+    env.snapshot = snapshot
+    position = np.hstack(env._kart_state())
+    pictures = play(env, generator, steps)
+    env.close()
+    return position, pictures
+
+
+def test_a_snapshot_resumes_in_another_process_and_goes_on_the_same(engine):
+    snapshot, position, pictures = in_process(drive_on, engine, 150)
+    assert len(snapshot["episodes"]) > 1 and snapshot["loads"] == 2 and snapshot["episodes"][-1]["actions"]
+    same_position, same_pictures = in_process(resume, engine, snapshot, 150)
+    np.testing.assert_array_equal(position, same_position)
+    if engine == "pystk":
+        np.testing.assert_array_equal(pictures, same_pictures)
+    else:  # in pystk2 some scenery moves by itself
+        assert (pictures != same_pictures).mean() < 0.02
+
+
+def start_pictures(engine):
+    env = TuxKartEnv(engine=engine)
+    pictures = []
+    for _ in range(2):
+        pictures.append(env.reset(seed=5, options={"race": True})[0].copy())
+        for _ in range(40):
+            pictures.append(env.step([3, GAS, 0, 0])[0].copy())
+    env.close()
+    return np.stack(pictures)
+
+
+def test_the_same_race_looks_the_same_in_every_process():
+    if not ppo_tuxkart.engine_version("pystk"):
+        pytest.skip("pystk is not installed")
+    first, second = in_process(start_pictures, "pystk"), in_process(start_pictures, "pystk")
+    np.testing.assert_array_equal(first, second)
+
+
+def test_software_rendering_hides_anisotropic_filtering(monkeypatch):
+    """The environment that saves the 71-second frame is set in the worker only, and only where no GPU renders."""
+    import os
+
+    assert "MESA_EXTENSION_OVERRIDE" not in os.environ
+    for gpu in (False, True):
+        monkeypatch.setattr(ppo_tuxkart, "gpu_renders", lambda gpu=gpu: gpu)
+        environment = {}
+        monkeypatch.setattr(ppo_tuxkart.os, "environ", environment)
+        monkeypatch.setattr(ppo_tuxkart, "find_assets", lambda engine: (ppo_tuxkart.Path("/"), ""))
+        monkeypatch.setattr(ppo_tuxkart.importlib, "import_module", lambda name: ctypes)
+        ppo_tuxkart.load_engine("pystk2")
+        assert ("anisotropic" in environment.get("MESA_EXTENSION_OVERRIDE", "")) == (not gpu)
+        assert environment.get("LP_NUM_THREADS") == (None if gpu else "0")

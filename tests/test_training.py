@@ -1,0 +1,130 @@
+"""Learning, stopping, resuming and evaluating on the real game, as a user does it."""
+
+import json
+
+import imageio.v3
+import numpy as np
+import pytest
+import torch
+from conftest import INSTALLED, SIGINT, SIGKILL, alive, metrics, run, start_and_signal
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SMALL = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs", 1, "--eval-interval", 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two minutes of learning: the working folder and the run's."""
+    cwd = tmp_path_factory.mktemp("learning")
+    settings = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 24_576, "--random-start", 0.2]
+    settings += ["--eval-interval", 48, "--eval-episodes", 2, "--seed", 2, "--name", "trained"]
+    finished = run(*settings, cwd=cwd)
+    assert finished.returncode == 0, finished.stderr
+    return cwd, cwd / "runs" / "trained"
+
+
+def test_two_minutes_of_learning_help(trained):
+    rows = metrics(trained[1])
+    assert [row["iteration"] for row in rows] == list(range(1, 49))
+    returns, progress = ([row[f"charts/{key}"] for row in rows[5:]] for key in ("episodic_return", "progress"))
+    assert np.mean(returns[-5:]) > np.mean(returns[:5]) + 1.0
+    assert np.mean(progress[-5:]) > np.mean(progress[:5]) + 0.01
+
+
+def test_the_ratio_is_one_in_every_first_minibatch(trained):
+    assert max(row["losses/ratio_error"] for row in metrics(trained[1])) < 1e-6
+
+
+def test_tensorboard_says_what_metrics_jsonl_says(trained):
+    board = EventAccumulator(str(trained[1]), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    rows = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    scalars = {"charts/SPS", "charts/episodic_return", "charts/progress", "charts/finish_rate", "charts/learning_rate"}
+    scalars |= {f"losses/{name}" for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")}
+    assert scalars | {"losses/explained_variance", "eval/progress"} <= set(board.Tags()["scalars"])
+    for tag in board.Tags()["scalars"]:
+        written = [(row["global_step"], row[tag]) for row in rows if tag in row]
+        events = [(event.step, event.value) for event in board.Scalars(tag)]
+        np.testing.assert_allclose(events, written, rtol=1e-6)
+    film = imageio.v3.imread(board.Images("eval/race")[0].encoded_image_string, extension=".gif")
+    assert len(film) > 10 and film.shape[1:] == (64, 64, 3) and film.std() > 10
+    assert "learning_rate" in board.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_checkpoints_hold_plain_values(trained):
+    for name in ("last.pt", "best.pt"):
+        checkpoint = torch.load(trained[1] / name, weights_only=True)
+        assert checkpoint["args"]["track"] == ("scotland",) and checkpoint["made_on"]["assets"]
+    assert not list(trained[1].glob("*.tmp"))
+    assert json.loads((trained[1] / "config.json").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize("engine", INSTALLED)
+def test_evaluation_races_greedy_sampled_and_the_ai(trained, engine):
+    cwd, folder = trained
+    races = ["--eval-episodes", 3, "--max-seconds", 60, "--engine", engine]
+    finished = run("--evaluate", folder / "best.pt", *races, cwd=cwd)
+    assert finished.returncode == 0, finished.stderr
+    written = max((cwd / "runs").glob("best-scotland-*"), key=lambda path: path.stat().st_mtime)
+    result = json.loads((written / "evaluation.json").read_text())
+    assert result["engine"] == engine and result["track"] == ["scotland"] and result["difficulty"] == 2
+    assert result["seeds"] == [1000, 1001, 1002] and result["greedy"]["races"] == result["ai"]["races"] == 3
+    assert result["ai"]["finished"] == 3 and 40 < result["ai_median"] < 56 and len(set(result["ai_lap_times"])) == 3
+    assert result["finished"] == len(result["lap_times"]) and (result["ratio"] is None) == (result["median"] is None)
+    film = imageio.v3.imread(written / "best_race.mp4")
+    assert film.shape[1:] == (480, 640, 3) and len(film) > 60 and film.std() > 20
+    assert np.abs(film[-1].astype(int) - film[20]).mean() > 5  # something moves
+    mosaic = imageio.v3.imread(written / "mosaic.mp4")
+    assert mosaic.shape[1:] == (256, 256, 3) and mosaic[10, :128].std() > 20
+    assert ("learnt with engine" in finished.stdout) == (engine != INSTALLED[0])
+
+
+def test_weights_start_another_run(trained):
+    cwd, folder = trained
+    settings = ["--track", "lighthouse", "zengarden", *SMALL, "--total-timesteps", 32, "--name", "further"]
+    finished = run("--init-from", folder / "best.pt", *settings, cwd=cwd)
+    assert finished.returncode == 0, finished.stderr
+    before = torch.load(folder / "best.pt", weights_only=True)["agent"]
+    after = torch.load(cwd / "runs" / "further" / "last.pt", weights_only=True)["agent"]
+    distance = max((before[key] - after[key]).abs().max().item() for key in before)
+    assert 0 < distance < 0.05
+    refused = run("--init-from", folder / "best.pt", "--frame-stack", 3, *SMALL, cwd=cwd)
+    assert refused.returncode == 2 and "--frame-stack" in refused.stderr
+    refused = run("--track", "scotland", "--name", "trained", cwd=cwd)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+
+
+def test_killed_and_resumed_is_never_killed(tmp_path):
+    """Killed twice, before and after the games were loaded anew, in the middle of episodes."""
+    settings = [*SMALL, "--total-timesteps", 36 * 32, "--seed", 5, "--random-start", 0.5]
+    whole = run(*settings, "--name", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    again = run(*settings, "--name", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+    folder = tmp_path / "runs" / "killed"
+    process, _, games = start_and_signal(SIGKILL, 7, folder, *settings, "--name", "killed", cwd=tmp_path)
+    assert process.returncode == -SIGKILL and len(games) >= 2 and not alive(games)
+    process, _, games = start_and_signal(SIGKILL, 34, folder, "--resume", folder, cwd=tmp_path)
+    assert process.returncode == -SIGKILL and not alive(games)
+    resumed = run("--resume", folder, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+    expected = metrics(tmp_path / "runs" / "whole")
+    assert len(expected) == 36
+    assert metrics(tmp_path / "runs" / "again") == expected  # same seed, same numbers
+    assert metrics(folder) == expected
+    ours, theirs = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("killed", "whole"))
+    for key, weights in theirs["agent"].items():
+        assert torch.equal(ours["agent"][key], weights)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "runs" / "stopped"
+    settings = [*SMALL, "--total-timesteps", 100_000, "--name", "stopped"]
+    process, output, games = start_and_signal(SIGINT, 2, folder, *settings, cwd=tmp_path)
+    assert process.returncode == 0 and "Traceback" not in output
+    assert f"--resume {folder.relative_to(tmp_path)}" in output
+    assert torch.load(folder / "last.pt", weights_only=True)["iteration"] >= 2
+    assert games and not alive(games)
+    refused = run("--resume", folder, "--gamma", 0.5, cwd=tmp_path)
+    assert refused.returncode == 2 and "--gamma" in refused.stderr
