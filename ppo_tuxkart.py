@@ -1281,7 +1281,8 @@ def parse(argv):
     checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")
     saved = plain_to_args(checkpoint["args"])
     args = tyro.cli(Args, args=argv, default=saved)
-    changed = [name for name in args_to_plain(args) if getattr(args, name) != getattr(saved, name) and name != "device"]
+    own, given = args_to_plain(saved), args_to_plain(args)
+    changed = [name for name in own if given[name] != own[name] and name != "device"]
     if args.resume and changed:
         flag = changed[0].replace("_", "-")
         raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --init-from.")

@@ -39,7 +39,7 @@ test_command=$(awk '/^## / && !c { t = /^## Test/ } /^```/ { if (c) exit; c = t 
 
 debootstrapped() {
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
-        "$suite" "$root" "${MIRROR:-http://deb.debian.org/debian}" >/dev/null ||
+        "$suite" "$root" ${MIRROR:+"$MIRROR"} >/dev/null ||
         { tail "$root/debootstrap/debootstrap.log"; return 1; }
 }
 

@@ -295,10 +295,7 @@ def test_a_snapshot_resumes_in_another_process_and_goes_on_the_same(engine):
     assert len(snapshot["episodes"]) > 1 and snapshot["loads"] == 2 and snapshot["episodes"][-1]["actions"]
     same_position, same_pictures = in_process(resume, engine, snapshot, 150)
     np.testing.assert_array_equal(position, same_position)
-    if engine == "pystk":
-        np.testing.assert_array_equal(pictures, same_pictures)
-    else:  # in pystk2 some scenery moves by itself
-        assert (pictures != same_pictures).mean() < 0.02
+    np.testing.assert_array_equal(pictures, same_pictures)
 
 
 def start_pictures(engine):
@@ -312,11 +309,8 @@ def start_pictures(engine):
     return np.stack(pictures)
 
 
-def test_the_same_race_looks_the_same_in_every_process():
-    if not ppo_tuxkart.engine_version("pystk"):
-        pytest.skip("pystk is not installed")
-    first, second = in_process(start_pictures, "pystk"), in_process(start_pictures, "pystk")
-    np.testing.assert_array_equal(first, second)
+def test_the_same_race_looks_the_same_in_every_process(engine):
+    np.testing.assert_array_equal(in_process(start_pictures, engine), in_process(start_pictures, engine))
 
 
 def test_software_rendering_hides_anisotropic_filtering(monkeypatch):
