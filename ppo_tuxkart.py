@@ -14,8 +14,8 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -136,6 +136,7 @@ RACE_STUCK_SECONDS = 15.0  # the same in a race, where the kart may free itself
 BACKWARDS_METRES = 15.0
 OFF_TRACK_METRES = 10.0  # beyond the edge of the road
 RANDOM_START_SECONDS = 30.0
+RACE_SETTINGS = ("laps", "difficulty", "kart", "reverse")
 TOP_SPEED = 60.0  # m/s; no kart is faster, so a larger gain is a teleport
 
 
@@ -173,10 +174,9 @@ def find_assets(engine):
             return root, "1.5"
     else:
         root, marker = cache / "ppo_tuxkart" / "assets", "supertuxkart.git"
-        if importlib.util.find_spec("pystk_data"):
-            import pystk_data
-
-            return Path(pystk_data.data_dir), importlib.metadata.version("PySuperTuxKartData")
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version("PySuperTuxKartData")
+            return Path(importlib.import_module("pystk_data").data_dir), version
     versions = [path.name.removeprefix("supertuxkart.") for path in DEBIAN_ASSETS.glob("supertuxkart.[0-9]*")]
     if not versions:
         raise UsageError(
@@ -197,7 +197,7 @@ def find_assets(engine):
 
 
 def race_tracks(assets):
-    """The race tracks (no arenas, soccer fields or cut scenes) in an assets folder: {name: whether it can be reversed}."""
+    """The race tracks (no arenas, no cut scenes) in an assets folder: {name: whether it can be reversed}."""
     tracks = {}
     for file in sorted((assets / "data" / "tracks").glob("*/track.xml")):
         root = xml.etree.ElementTree.parse(file).getroot()
@@ -216,7 +216,7 @@ def gpu_renders():
 def load_engine(engine):
     """Imports the engine and prepares this process for it. Returns the module."""
     if not gpu_renders():
-        # Mesa filters anisotropically in a loop on the CPU: single frames took up to 71 s. Its own threads gain nothing.
+        # Mesa filters anisotropically in a loop on the CPU: single frames took up to 71 s. Its threads gain nothing.
         hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
         os.environ.setdefault("MESA_EXTENSION_OVERRIDE", hidden)
         os.environ.setdefault("LP_NUM_THREADS", "0")
@@ -275,11 +275,6 @@ class TrackGeometry:
         return (after - before + self.length / 2) % self.length - self.length / 2
 
 
-def quaternion(heading):
-    """Rotation (x, y, z, w) of a kart that faces `heading`, radians from +z towards +x."""
-    return 0.0, float(np.sin(heading / 2)), 0.0, float(np.cos(heading / 2))
-
-
 class TuxKartEnv(gym.Env):
     """One kart in the real SuperTuxKart, seen through its own camera.
 
@@ -291,9 +286,9 @@ class TuxKartEnv(gym.Env):
     off_track_m (largest), off_track_seconds, seconds, return and end (why).
 
     `reset(seed=...)` loads the track anew (0.6 s), so that nothing of the episodes before is left, not even in the
-    camera's motion; without a seed a reset takes a hundredth of that. `reset(seed=..., options={"race": True})` starts an
-    evaluation race: from the line, with a disturbance drawn from the seed (up to 2 m aside, 10 degrees askew and 0.2 s
-    late), ended by the finish, the time limit or 15 s without progress.
+    camera's motion; without a seed a reset takes a hundredth of that. `reset(seed=..., options={"race": True})` starts
+    an evaluation race: from the line, with a disturbance drawn from the seed (up to 2 m aside, 10 degrees askew and
+    0.2 s late), ended by the finish, the time limit or 15 s without progress.
     One game runs per process: use gymnasium's AsyncVectorEnv for more. With `driver="ai"` the game's own AI drives,
     nothing is drawn, actions are ignored and observations are black.
     """
@@ -337,7 +332,7 @@ class TuxKartEnv(gym.Env):
         graphics.screen_width, graphics.screen_height = self.size
         stk.init(graphics)
         TuxKartEnv._process_is_busy = True
-        # Wind, flags and the like move with the wall clock, so no two races would look alike: they get the game's clock.
+        # Wind and the like move with the wall clock, so no two races would look alike: they get the game's clock.
         library = ctypes.CDLL(stk.__file__)
         names = ("os5Timer8setSpeedEf", "os5Timer7setTimeEj", "os10Randomizer5resetEi")
         functions = [getattr(library, f"_ZN3irr2{name}", lambda *_: None) for name in names]
@@ -350,8 +345,8 @@ class TuxKartEnv(gym.Env):
         stk = self._stk
         self._unload_race()
         config = stk.RaceConfig()
-        config.track, config.laps, config.difficulty, config.reverse = self.track, self.laps, self.difficulty, self.reverse
-        config.num_kart, config.step_size = 1, self.step_size
+        config.track, config.laps, config.reverse = self.track, self.laps, self.reverse
+        config.difficulty, config.num_kart, config.step_size = self.difficulty, 1, self.step_size
         if hasattr(config, "overlay"):
             config.overlay = False  # pystk2 would draw its HUD into the picture; pystk has none
         config.players[0].kart = self.kart
@@ -387,8 +382,8 @@ class TuxKartEnv(gym.Env):
         self._world.update()
         self._hold(1 / 120)
         _, location, _ = self._kart_state()
-        front, self._handicap = np.array(self._world.karts[0].front, np.float64) - location, 0.0
-        heading = np.arctan2(front[0], front[2])
+        front = np.array(self._world.karts[0].front, np.float64) - location
+        heading, self._handicap = np.arctan2(front[0], front[2]), 0.0
         if hasattr(self._world, "phase"):  # pystk2 counts down for 5 s before a kart can drive
             self._hold(4.9)
             while self._kart_state()[0] == 0:
@@ -527,8 +522,9 @@ class TuxKartEnv(gym.Env):
         return np.ascontiguousarray(np.asarray(self._race.render_data[0].image).transpose(2, 0, 1))
 
     def _place(self, location, heading):
-        x, y, z = (float(value) for value in location)
-        self._stk.WorldState.set_kart_location(0, (x, y, z), quaternion(heading), 0.0)
+        """Puts the kart down at a location, facing `heading`, radians from +z towards +x."""
+        rotation = (0.0, float(np.sin(heading / 2)), 0.0, float(np.cos(heading / 2)))  # x, y, z, w
+        self._stk.WorldState.set_kart_location(0, tuple(float(value) for value in location), rotation, 0.0)
 
     def _disturb_start(self, location, heading):
         """Moves the kart aside, turns it and holds it back, by amounts drawn from the seed."""
@@ -536,6 +532,7 @@ class TuxKartEnv(gym.Env):
         delay = 0.05 * int(self.np_random.integers(5))
         location = location + aside * np.array([np.cos(heading), 0.0, -np.sin(heading)])
         self._place(location, heading + askew)
+        self._hold(1 / 120)
         if self.driver == "ai":  # it would drive off, so its clock gets the delay instead
             self._handicap = delay
         elif delay:
@@ -650,7 +647,7 @@ def ppo_loss(agent, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
     """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of one minibatch.
 
     batch: obs (B, C, H, W), actions (B, A), logprobs, values, advantages, returns (B,). Returns the loss and a dict of
-    detached scalars. The approximate KL divergence is the estimator (r - 1) - log r of http://joschu.net/blog/kl-approx.html.
+    detached scalars. The KL divergence is estimated by (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
     """
     logits, values = agent(batch["obs"])
     logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec)
@@ -729,7 +726,8 @@ class Sampler:
         self.obs = torch.zeros(shape + space.shape, dtype=torch.uint8, device=device)  # (T, N, C, H, W)
         self.actions = torch.zeros((*shape, len(self.nvec)), dtype=torch.int64, device=device)
         self.logprobs, self.values, self.next_values = (torch.zeros(shape, device=device) for _ in range(3))
-        self.rewards, self.terminations, self.dones = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
+        self.rewards = np.zeros(shape, np.float32)
+        self.terminations, self.dones = np.zeros(shape, bool), np.zeros(shape, bool)
         self.next_obs = [None] * len(self.groups)
 
     def reset(self, seed):
@@ -805,7 +803,7 @@ class Sampler:
 
 def make_env(args, track, random_start=0.0, driver="agent"):
     """A function without arguments that makes one environment, for AsyncVectorEnv."""
-    names = ("engine", "width", "height", "frame_stack", "step_size", "max_seconds", "laps", "difficulty", "kart", "reverse")
+    names = ("engine", "width", "height", "frame_stack", "step_size", "max_seconds", *RACE_SETTINGS)
     settings = {name: getattr(args, name) for name in names}
     return lambda: TuxKartEnv(track=track, random_start=random_start, driver=driver, **settings)
 
@@ -915,7 +913,8 @@ def write_mosaic(races, path, fps):
     clips = [np.stack(race["frames"]) for race in races[:16]]
     length, columns = max(map(len, clips)), int(np.ceil(len(clips) ** 0.5))
     clips += [np.zeros_like(clips[0][:1])] * (-len(clips) % columns)
-    clips = [np.concatenate([clip, clip[-1:].repeat(length - len(clip), 0)]).repeat(2, 1).repeat(2, 2) for clip in clips]
+    clips = [np.concatenate([clip, clip[-1:].repeat(length - len(clip), 0)]) for clip in clips]
+    clips = [clip.repeat(2, 1).repeat(2, 2) for clip in clips]
     rows = [np.concatenate(clips[i : i + columns], 2) for i in range(0, len(clips), columns)]
     imageio.v2.mimwrite(path, list(np.concatenate(rows, 1)), fps=fps, macro_block_size=2)
 
@@ -926,7 +925,7 @@ def evaluate(args, checkpoint):
     here = describe_setting(args)
     if here["observation"] != made_on["observation"]:
         raise UsageError("The checkpoint's network sees other pictures: leave out --width, --height and --frame-stack.")
-    for key in ("engine", "assets", "track", "step_size", "difficulty", "laps", "kart", "reverse"):
+    for key in ("engine", "assets", "track", "step_size", *RACE_SETTINGS):
         if made_on[key] != here[key]:
             print(f"note: this checkpoint learnt with {key} {made_on[key]} and races with {here[key]}")
     agent = agent_from(checkpoint, device)
@@ -948,7 +947,7 @@ def evaluate(args, checkpoint):
     result |= {key: result["greedy"][key] for key in ("finished", "lap_times", "median", "off_track_seconds")}
     result |= {"ai_lap_times": result["ai"]["lap_times"], "ai_median": result["ai"]["median"]}
     result["ratio"] = result["median"] / result["ai_median"] if result["median"] and result["ai_median"] else None
-    folder = unused(Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
 
@@ -962,7 +961,7 @@ def evaluate(args, checkpoint):
     if result["ratio"]:
         print(f"the agent's median is {result['ratio']:.3f} of the AI's")
     write_mosaic(greedy, folder / "mosaic.mp4", 1 / args.step_size)
-    best = min(greedy, key=lambda race: (not race["finished"], race["lap_time"] if race["finished"] else -race["progress"]))
+    best = min(greedy, key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
     film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], folder / "best_race.mp4"))
     film.start()
     film.join()
@@ -991,7 +990,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"args", "made_on", "agent", "iteration"} - checkpoint.keys()
     except Exception as error:
-        raise UsageError(f"{path} is not a checkpoint of this script ({type(error).__name__}): type another path.") from error
+        raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
     known = {field.name for field in dataclasses.fields(Args)}
     if missing or not checkpoint["args"].keys() <= known:
         raise UsageError(f"{path} is a checkpoint of another script or version: type another path.")
@@ -1018,14 +1017,8 @@ def describe_setting(args):
         "track": list(args.track),
         "observation": [3 * args.frame_stack, args.height, args.width],
         "actions": [len(STEER), len(PEDALS), 2, 2],
-        **{key: getattr(args, key) for key in ("step_size", "difficulty", "laps", "kart", "reverse")},
+        **{key: getattr(args, key) for key in ("step_size", *RACE_SETTINGS)},
     }
-
-
-def unused(path):
-    """The path itself, or with a number behind it where something is already there."""
-    candidates = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
-    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1082,12 +1075,12 @@ def train(args, checkpoint=None):
     else:
         if args.init_from:
             initial = load_checkpoint(args.init_from)
-            if any(initial["made_on"][key] != made_on[key] for key in ("observation", "actions")):
-                raise UsageError(
-                    f"{args.init_from} sees {initial['made_on']['observation']} and acts {initial['made_on']['actions']}, "
-                    f"this run {made_on['observation']} and {made_on['actions']}: "
-                    "give the same --width, --height and --frame-stack."
-                )
+            for key in ("observation", "actions"):
+                if initial["made_on"][key] != made_on[key]:
+                    raise UsageError(
+                        f"{args.init_from} was made for {key} {initial['made_on'][key]}, this run is for {made_on[key]}: "
+                        "type the same --width, --height and --frame-stack."
+                    )
         name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path("runs") / name
         if folder.exists():
@@ -1122,7 +1115,7 @@ def train(args, checkpoint=None):
 
         batch_size = args.num_envs * args.num_steps
         iterations = args.total_timesteps // batch_size
-        print(f"{folder}: {made_on['engine']} {made_on['engine_version']}, assets {made_on['assets']}, network on {device}")
+        print(f"{folder}: {made_on['engine']} {made_on['engine_version']}, assets {made_on['assets']}, {device}")
         bar = tqdm(total=iterations * batch_size, initial=iteration * batch_size, unit=" decisions", smoothing=0.05)
         while iteration < iterations:
             started = time.time()
@@ -1136,10 +1129,11 @@ def train(args, checkpoint=None):
             iteration += 1
             step = iteration * batch_size
 
-            recent.extend([e["return"], e["progress"], bool(e["finished"]), e["lap_time"]] for e in episodes if e["from_line"])
+            columns = ("return", "progress", "finished", "lap_time")
+            recent.extend([float(episode[key]) for key in columns] for episode in episodes if episode["from_line"])
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if recent:
-                returns, progress, finished, laps = (np.array(column, float) for column in zip(*recent, strict=True))
+                returns, progress, finished, laps = np.array(recent).T
                 metrics["charts/episodic_return"], metrics["charts/progress"] = returns.mean(), progress.mean()
                 metrics["charts/finish_rate"] = finished.mean()
                 if finished.any():
@@ -1165,8 +1159,8 @@ def train(args, checkpoint=None):
                     save_atomically(weights, folder / "best.pt")
             spent = time.time() - started
             elapsed += spent
-            metrics |= {"charts/SPS": batch_size / spent, "charts/elapsed_seconds": elapsed}
-            metrics |= {"charts/sampling_SPS": batch_size / (sampled - started), "charts/update_seconds": learnt - sampled}
+            metrics |= {"charts/SPS": batch_size / spent, "charts/sampling_SPS": batch_size / (sampled - started)}
+            metrics |= {"charts/elapsed_seconds": elapsed, "charts/update_seconds": learnt - sampled}
             logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
             save_atomically(
                 {
@@ -1177,7 +1171,7 @@ def train(args, checkpoint=None):
                     "iteration": iteration,
                     "elapsed": elapsed,
                     "best": best,
-                    "recent": [[float(value) for value in row] for row in recent],
+                    "recent": list(recent),
                     "episodes": sampler.snapshots(),
                     "rng": torch.get_rng_state(),
                     "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
@@ -1186,7 +1180,7 @@ def train(args, checkpoint=None):
             )
             bar.update(batch_size)
         bar.close()
-        print(f"done: type `python {Path(sys.argv[0]).name} --evaluate {folder}/best.pt` to race it against the game's AI")
+        print(f"done: type --evaluate {folder}/best.pt to race it against the game's own AI")
     except KeyboardInterrupt:
         if (folder / "last.pt").exists():
             print(f"\nstopped; everything up to the last iteration is saved: type --resume {folder} to go on")
@@ -1219,7 +1213,8 @@ def args_to_plain(args):
 
 def plain_to_args(plain):
     """The inverse of `args_to_plain`."""
-    return Args(**plain | {"track": tuple(plain["track"]), "init_from": plain["init_from"] and Path(plain["init_from"])})
+    init_from = Path(plain["init_from"]) if plain["init_from"] else None
+    return Args(**plain | {"track": tuple(plain["track"]), "init_from": init_from})
 
 
 def check_args(args):
@@ -1238,7 +1233,8 @@ def check_args(args):
         close = difflib.get_close_matches(args.kart, karts, 1, 0)
         raise UsageError(f"There is no kart {args.kart}: type --kart {close[0]}, or one of {', '.join(karts)}.")
     at_least = {"num_envs": 1, "num_steps": 2, "width": 36, "height": 36, "frame_stack": 1, "laps": 1, "epochs": 1}
-    at_least |= {"num_minibatches": 1, "eval_episodes": 1, "eval_interval": 0, "total_timesteps": 1, "seed": 0, "eval_seed": 0}
+    at_least |= {"num_minibatches": 1, "eval_episodes": 1, "eval_interval": 0, "total_timesteps": 1}
+    at_least |= {"seed": 0, "eval_seed": 0}
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: type {least} or more.")
@@ -1253,19 +1249,21 @@ def check_args(args):
         "learning_rate": (0, 1),
     }.items():
         if not low <= getattr(args, name) <= high:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: type a number from {low:.4g} to {high}.")
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is {getattr(args, name)}: type a number from {low:.4g} to {high}.")
     if args.max_seconds <= 0:
         raise UsageError(f"--max-seconds is {args.max_seconds}: type a positive number of seconds.")
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
         raise UsageError(
-            f"A batch of {args.num_envs} environments x {args.num_steps} steps = {batch} decisions does not divide into "
+            f"{args.num_envs} environments x {args.num_steps} steps = {batch} decisions, which does not divide into "
             f"{args.num_minibatches} minibatches: type another --num-minibatches."
         )
     if args.total_timesteps < batch:
         raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one batch: type {batch} or more.")
     if sys.platform == "linux":
-        for library in ("libEGL.so.1", *(("libOpenGL.so.0", "libGLX.so.0", "libX11.so.6") if engine == "pystk" else ())):
+        libraries = ("libEGL.so.1", "libOpenGL.so.0", "libGLX.so.0", "libX11.so.6")
+        for library in libraries if engine == "pystk" else libraries[:1]:
             try:
                 ctypes.CDLL(library)
             except OSError as error:
@@ -1274,7 +1272,7 @@ def check_args(args):
 
 
 def parse(argv):
-    """The command line as Args, and the checkpoint where one is resumed or evaluated, whose settings are the defaults."""
+    """The command line as Args, and the checkpoint that is resumed or evaluated, whose settings are the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     if not (args.resume or args.evaluate):
         return check_args(args), None
