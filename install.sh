@@ -63,7 +63,8 @@ command -v dpkg-query >>"$log" || die "This is neither Debian nor Ubuntu: instal
 if ! apt_install "${to_run[@]}"; then
     apt-cache show supertuxkart-data >>"$log" 2>&1 ||
         die "apt does not know supertuxkart-data: type \`sudo add-apt-repository universe\`, then \`./install.sh\`."
-    die "apt-get failed: type \`sudo apt-get install --no-install-recommends ${to_run[*]}\` to see why."
+    die "apt-get failed: type, as root, \`apt-get install --no-install-recommends ${to_run[*]}\`," \
+        "then \`./install.sh\`."
 fi
 
 if ! quietly "$venv/bin/pip" --version; then # there is none, or half of one, or it was moved
@@ -96,8 +97,8 @@ build_pystk() (
     scratch=$(mktemp -d "$cache/build.XXXXXX") || exit 1
     trap 'rm -rf "$scratch"' EXIT
     export PATH="$scratch/venv/bin:$PATH" TMPDIR=$scratch
-    # It predates CMake 4, and the pybind11 that it brings predates Python 3.11.
-    export CXX="g++ -I$scratch/pybind11/pybind11/include"
+    # It predates CMake 4 and GCC 13, and the pybind11 that it brings predates Python 3.11.
+    export CXX="g++ -include cstdint -I$scratch/pybind11/pybind11/include"
     quietly "$venv/bin/python" -m venv "$scratch/venv" &&
         quietly pip install setuptools==80.9.0 cmake==3.31.6 ninja==1.13.0 &&
         quietly pip install --target "$scratch/pybind11" pybind11==2.13.6 &&
@@ -122,7 +123,7 @@ fi
 # --- Preflight: scotland with each engine, in a process of its own
 
 preflight() {
-    "$venv/bin/python" - "$1" <<'EOF'
+    timeout 300 "$venv/bin/python" - "$1" <<'EOF'
 import ctypes, importlib.metadata, os, sys, time
 from ppo_tuxkart import TuxKartEnv, find_assets, find_engine
 
@@ -150,6 +151,6 @@ EOF
 
 for engine in "${engines[@]}"; do # the engines write to 1 and 2, from C++
     preflight "$engine" 3>&1 >>"$log" 2>&1 ||
-        die "The game does not start with $engine: type \`tail $log\` to see what it said."
+        die "The game does not run with $engine: type \`tail $log\` to see what it said."
 done
 say "ready: type \`.venv/bin/python ppo_tuxkart.py --track scotland\`."

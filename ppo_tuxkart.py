@@ -94,7 +94,7 @@ class Args:
     # PPO
     num_steps: int = 128
     """decisions per environment and iteration"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     """Adam's step size at the start; it falls linearly to zero"""
     gamma: float = 0.99
     """discount factor"""

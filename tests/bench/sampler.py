@@ -36,11 +36,14 @@ class Bench:
     """track to drive"""
     engine: str = "auto"
     """game bindings"""
+    checkpoint: Path | None = None
+    """network that drives (default: an untrained one, whose episodes are short)"""
     out: Path | None = None
     """JSON file to write"""
 
 
 def bare_game(settings, orders, done):
+    """One game that does nothing but step and copy the picture, `steps` times whenever it is told to."""
     env = ppo_tuxkart.TuxKartEnv(track=settings.track, engine=settings.engine)
     env.reset(seed=0)
     env._race.config.step_size = env.step_size
@@ -53,7 +56,7 @@ def bare_game(settings, orders, done):
             control.steer = float(generator.choice(ppo_tuxkart.STEER))
             env._race.step(control)
             np.array(env._race.render_data[0].image)
-            if step % 64 == 63:  # the agent's episodes are about that long at first, too
+            if step % 64 == 63:  # an untrained agent's episodes are about that long, too
                 env._race.restart()
         done.send(None)
 
@@ -67,11 +70,14 @@ def main(settings):
         pipes.append((orders_in, done_out))
     for _, done in pipes:
         done.recv()
-    args = ppo_tuxkart.Args(track=(settings.track,), engine=settings.engine, num_envs=settings.num_envs, num_steps=settings.steps)
+    args = ppo_tuxkart.Args(track=(settings.track,), engine=settings.engine, num_envs=settings.num_envs)
+    args.num_steps = settings.steps
     torch.manual_seed(0)
     torch.set_num_threads(1)
     sampler = ppo_tuxkart.Sampler(args, torch.device("cpu"))
     agent = ppo_tuxkart.Agent(sampler.observation_shape, sampler.nvec)
+    if settings.checkpoint:
+        agent = ppo_tuxkart.agent_from(ppo_tuxkart.load_checkpoint(settings.checkpoint), torch.device("cpu"))
     sampler.reset(0)
     sampler.collect(agent)
 
