@@ -149,8 +149,11 @@ os.write(3, line.encode())
 EOF
 }
 
+works=()
 for engine in "${engines[@]}"; do # the engines write to 1 and 2, from C++
-    preflight "$engine" 3>&1 >>"$log" 2>&1 ||
-        die "The game does not run with $engine: type \`tail $log\` to see what it said."
+    if preflight "$engine" 3>&1 >>"$log" 2>&1; then works+=("$engine"); fi
 done
+[ ${#works[@]} -gt 0 ] || die "The game does not run: type \`tail $log\` to see what it said."
+[ "${works[*]}" = "${engines[*]}" ] ||
+    say "Only ${works[*]} runs here (see $log): add \`--engine ${works[*]}\` to your commands."
 say "ready: type \`.venv/bin/python ppo_tuxkart.py --track scotland\`."

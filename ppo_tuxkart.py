@@ -495,14 +495,14 @@ class TuxKartEnv(gym.Env):
         control.steer, (control.acceleration, control.brake) = STEER[steer], PEDALS[pedal]
         control.drift, control.nitro = bool(drift), bool(nitro)
         self._race.config.step_size = self.step_size / self.substeps
-        for _ in range(self.substeps):
-            self._step(control)
+        for substep in range(self.substeps):
+            self._step(control if substep == 0 else None)  # the game makes its own of it from the first tick on
             if self.on_frame:
                 self.on_frame(self._race.render_data[0].image)
 
     def _step(self, control):
         self._set_clock(int(1000 * self._world.time))
-        self._race.step() if self.driver == "ai" else self._race.step(control)
+        self._race.step(control) if control and self.driver == "agent" else self._race.step()
 
     def _hold(self, seconds):
         """Lets game time pass without touching the controls, in one step and one picture."""

@@ -314,6 +314,22 @@ def test_the_same_race_looks_the_same_in_every_process(engine):
     np.testing.assert_array_equal(in_process(start_pictures, engine), in_process(start_pictures, engine))
 
 
+def filmed(engine):
+    """The same race driven twice: with one picture a decision, and with three."""
+    env, ways = TuxKartEnv(engine=engine), []
+    for substeps in (1, 3):
+        env.substeps, generator = substeps, np.random.default_rng(0)
+        env.reset(seed=7, options={"race": True})
+        play(env, generator, 40)
+        ways.append(np.hstack(env._kart_state()))
+    env.close()
+    return ways
+
+
+def test_a_film_shows_the_race_that_was_driven(engine):
+    np.testing.assert_array_equal(*in_process(filmed, engine))
+
+
 def test_software_rendering_hides_anisotropic_filtering(monkeypatch):
     """The environment that saves the 71-second frame is set in the worker only, and only where no GPU renders."""
     import os

@@ -53,7 +53,7 @@ def curves(settings):
 
 def moving_picture(settings):
     frames = imageio.v3.imread(settings.film)[::2]  # ten a second
-    frames = [Image.fromarray(frame).resize((320, 240)).quantize(64) for frame in frames[60:220]]
+    frames = [Image.fromarray(frame).resize((256, 192)).quantize(48) for frame in frames[:120]]
     frames[0].save(settings.docs / "scotland.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
