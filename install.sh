@@ -124,12 +124,11 @@ fi
 
 preflight() {
     timeout 300 "$venv/bin/python" - "$1" <<'EOF'
-import ctypes, importlib.metadata, os, sys, time
-from ppo_tuxkart import TuxKartEnv, find_assets, find_engine
+import ctypes, os, sys, time
+from ppo_tuxkart import TuxKartEnv, engine_version, find_assets, find_engine
 
 engine = find_engine(sys.argv[1])
 _, assets = find_assets(engine)
-version = importlib.metadata.version({"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}[engine])
 env = TuxKartEnv(track="scotland", engine=engine)
 env.action_space.seed(0)
 env.reset(seed=0)
@@ -144,7 +143,7 @@ for _ in range(200):
     if terminated or truncated:
         env.reset()
 env.close()
-line = f"{engine} {version}, assets {assets}, {renderer}, {200 / seconds:.0f} frames/s at 64x64\n"
+line = f"{engine} {engine_version(engine)}, assets {assets}, {renderer}, {200 / seconds:.0f} frames/s at 64x64\n"
 os.write(3, line.encode())
 EOF
 }

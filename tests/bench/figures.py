@@ -23,8 +23,8 @@ HERE = Path(__file__).parent
 class Figures:
     runs: tuple[Path, ...] = tuple(sorted((HERE / "results").glob("scotland-seed*.jsonl")))
     """metrics.jsonl of each run"""
-    ai: float = 48.5
-    """median lap of the game's own AI, in seconds"""
+    evaluation: Path = HERE / "results" / "scotland-seed1-continued.evaluation.json"
+    """evaluation.json with the AI's median lap"""
     film: Path | None = None
     """a filmed race"""
     docs: Path = HERE.parents[1] / "docs"
@@ -42,7 +42,8 @@ def curves(settings):
         color = line[0].get_color()
         rate.plot(steps, [row["eval/finished"] / 20 for row in races], "o", color=color, label="greedy, 20 races")
         laps.plot(steps, [row.get("eval/median_lap", np.nan) for row in races], "o-", color=color, label=path.stem)
-    laps.axhline(settings.ai, color="gray", linestyle="--", label="the game's AI")
+    ai = json.loads(settings.evaluation.read_text())["ai_median"]
+    laps.axhline(ai, color="gray", linestyle="--", label="the game's AI")
     rate.set(xlabel="million decisions", ylabel="races finished", ylim=(0, 1.02))
     laps.set(xlabel="million decisions", ylabel="median lap, greedy (s)")
     for axes in (rate, laps):
