@@ -42,80 +42,45 @@ from torch import nn
 class Args:
     """PPO that drives SuperTuxKart from pixels. `--track scotland` is all it needs."""
 
-    track: tuple[str, ...] = ("scotland",)
-    """track(s) to learn; several are shared out over the environments"""
-    total_timesteps: int = 1_200_000
-    """decisions to learn from, all environments together"""
-    seed: int = 1
-    """seed of the network, the actions, the minibatches and the starts"""
-    name: str | None = None
-    """the run's folder under runs/ (default: track, seed and time)"""
-    resume: Path | None = None
-    """run folder to go on with, as if it had never stopped; takes every other setting from there"""
-    init_from: Path | None = None
-    """checkpoint to take the network's weights from, and nothing else"""
-    evaluate: Path | None = None
-    """checkpoint to race, greedy and sampled, beside the game's own AI; no learning"""
-    eval_episodes: int = 20
-    """races per evaluation"""
-    eval_seed: int = 1000
-    """seed of the first evaluation race; each race has its own disturbed start"""
-    eval_interval: int = 64
-    """iterations between evaluations while learning; 0 for none"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network runs; auto takes the GPU if there is one"""
+    track: tuple[str, ...] = ("scotland",)  # track(s) to learn; several are shared out over the environments
+    total_timesteps: int = 1_200_000  # decisions to learn from, all environments together
+    seed: int = 1  # seed of the network, the actions, the minibatches and the starts
+    name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
+    resume: Path | None = None  # run folder to go on with as if never stopped; its settings are kept
+    init_from: Path | None = None  # checkpoint to take the network's weights from, and nothing else
+    evaluate: Path | None = None  # checkpoint to race, greedy and sampled, beside the game's own AI; no learning
+    eval_episodes: int = 20  # races per evaluation
+    eval_seed: int = 1000  # seed of the first evaluation race; each race has its own disturbed start
+    eval_interval: int = 64  # iterations between evaluations while learning; 0 for none
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the network runs; auto takes the GPU if there is one
 
     # the game
-    engine: Literal["auto", "pystk", "pystk2"] = "auto"
-    """game bindings; auto prefers the faster pystk where it is installed"""
-    num_envs: int = 16
-    """game processes"""
-    width: int = 64
-    """width of the picture, in pixels"""
-    height: int = 64
-    """height of the picture, in pixels"""
-    frame_stack: int = 2
-    """pictures the network sees; one alone hides the speed"""
-    step_size: float = 0.15
-    """seconds of game time for which an action is held"""
-    random_start: float = 0.5
-    """share of the episodes that start anywhere on the track instead of on the start line"""
-    max_seconds: float = 150.0
-    """time limit of a race, in seconds of game time"""
-    laps: int = 1
-    """laps of a race"""
-    difficulty: Literal[0, 1, 2] = 2
-    """the game's difficulty; it also scales the top speed of the player's kart (0.6, 0.8, 0.92)"""
-    kart: str = "tux"
-    """kart to drive"""
-    reverse: bool = False
-    """drive the track the other way round"""
+    engine: Literal["auto", "pystk", "pystk2"] = "auto"  # game bindings; auto prefers the faster pystk
+    num_envs: int = 16  # game processes
+    width: int = 64  # width of the picture, in pixels
+    height: int = 64  # height of the picture, in pixels
+    frame_stack: int = 2  # pictures the network sees; one alone hides the speed
+    step_size: float = 0.15  # seconds of game time for which an action is held
+    random_start: float = 0.5  # share of the episodes that start anywhere on the track instead of on the start line
+    max_seconds: float = 150.0  # time limit of a race, in seconds of game time
+    laps: int = 1  # laps of a race
+    difficulty: Literal[0, 1, 2] = 2  # the game's; it also scales the player's top speed (0.6, 0.8, 0.92)
+    kart: str = "tux"  # kart to drive
+    reverse: bool = False  # drive the track the other way round
 
     # PPO
-    num_steps: int = 128
-    """decisions per environment and iteration"""
-    learning_rate: float = 3e-4
-    """Adam's step size at the start; it falls linearly to zero"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalized advantage estimation"""
-    epochs: int = 3
-    """passes over the data of an iteration"""
-    num_minibatches: int = 8
-    """minibatches per pass"""
-    clip_coef: float = 0.2
-    """the clipped objective's epsilon"""
-    clip_vloss: bool = False
-    """clip the value loss as well"""
-    ent_coef: float = 0.005
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient"""
-    target_kl: float | None = None
-    """stop an iteration's passes when the approximate KL divergence exceeds this"""
+    num_steps: int = 128  # decisions per environment and iteration
+    learning_rate: float = 3e-4  # Adam's step size at the start; it falls linearly to zero
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    epochs: int = 3  # passes over the data of an iteration
+    num_minibatches: int = 8  # minibatches per pass
+    clip_coef: float = 0.2  # the clipped objective's epsilon
+    clip_vloss: bool = False  # clip the value loss as well
+    ent_coef: float = 0.005  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient
+    target_kl: float | None = None  # stop an iteration's passes when the approximate KL divergence exceeds this
 
 
 class UsageError(Exception):
@@ -179,10 +144,7 @@ def find_assets(engine):
             return Path(importlib.import_module("pystk_data").data_dir), version
     versions = [path.name.removeprefix("supertuxkart.") for path in DEBIAN_ASSETS.glob("supertuxkart.[0-9]*")]
     if not versions:
-        raise UsageError(
-            "The game's assets are not installed: type `sudo apt-get install supertuxkart-data`"
-            + (", or import pystk2 and call its init once to download them." if engine == "pystk2" else ".")
-        )
+        raise UsageError("The game's assets are not installed: type `sudo apt-get install supertuxkart-data`.")
     data = root / "data"
     (data / "skins").mkdir(parents=True, exist_ok=True)
     links = {data / source.name: source for source in DEBIAN_ASSETS.iterdir() if source.name != "skins"}
@@ -297,22 +259,9 @@ class TuxKartEnv(gym.Env):
     _process_is_busy = False
 
     def __init__(
-        self,
-        track="scotland",
-        engine="auto",
-        width=64,
-        height=64,
-        frame_stack=2,
-        step_size=0.15,
-        random_start=0.0,
-        max_seconds=150.0,
-        laps=1,
-        difficulty=2,
-        kart="tux",
-        reverse=False,
-        driver="agent",
-        render_mode=None,
-    ):
+        self, track="scotland", engine="auto", width=64, height=64, frame_stack=2, step_size=0.15, random_start=0.0,
+        max_seconds=150.0, laps=1, difficulty=2, kart="tux", reverse=False, driver="agent", render_mode=None,
+    ):  # fmt: skip
         self.track, self.engine, self.size = track, find_engine(engine), (width, height)
         self.step_size, self.random_start, self.max_seconds = step_size, random_start, max_seconds
         self.laps, self.difficulty, self.kart, self.reverse = laps, difficulty, kart, reverse
@@ -722,9 +671,8 @@ class Sampler:
         ]
         space, actions = self.groups[0].single_observation_space, self.groups[0].single_action_space
         shape = (args.num_steps, args.num_envs)
-        self.observation_shape, self.nvec = space.shape, actions.nvec
         self.obs = torch.zeros(shape + space.shape, dtype=torch.uint8, device=device)  # (T, N, C, H, W)
-        self.actions = torch.zeros((*shape, len(self.nvec)), dtype=torch.int64, device=device)
+        self.actions = torch.zeros((*shape, len(actions.nvec)), dtype=torch.int64, device=device)
         self.logprobs, self.values, self.next_values = (torch.zeros(shape, device=device) for _ in range(3))
         self.rewards = np.zeros(shape, np.float32)
         self.terminations, self.dones = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -885,15 +833,6 @@ def score(summary):
     return summary["finished"] / summary["races"], -(summary["median"] or float("inf")), summary["progress"]
 
 
-def ai_races(args, track, seeds):
-    """The same races, driven by the game's own AI."""
-    envs = race_envs(args, track, driver="ai")
-    try:
-        return run_races(envs, lambda obs: np.zeros((len(obs), 4), np.int64), seeds)
-    finally:
-        envs.close(terminate=True)
-
-
 def film_race(args, track, snapshot, path, width=640, height=480):
     """Replays one race at a size a person wants to look at and writes it as mp4, 20 pictures a second of game time."""
     import imageio.v2
@@ -921,29 +860,28 @@ def write_mosaic(races, path, fps):
 
 def evaluate(args, checkpoint):
     """Races a checkpoint, greedy and sampled, beside the game's AI; writes evaluation.json and two films."""
-    device, made_on = pick_device(args.device), checkpoint["made_on"]
-    here = describe_setting(args)
-    if here["observation"] != made_on["observation"]:
-        raise UsageError("The checkpoint's network sees other pictures: leave out --width, --height and --frame-stack.")
-    for key in ("engine", "assets", "track", "step_size", *RACE_SETTINGS):
-        if made_on[key] != here[key]:
-            print(f"note: this checkpoint learnt with {key} {made_on[key]} and races with {here[key]}")
-    agent = agent_from(checkpoint, device)
+    started, device, here, track = time.time(), pick_device(args.device), describe_setting(args), args.track[0]
+    agent = Agent(here["observation"], here["actions"]).to(device)
+    load_weights(agent, checkpoint, args.evaluate)
+    note_differences(checkpoint["made_on"], here)
     torch.set_num_threads(1)
 
-    track = args.track[0]
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
-    envs = race_envs(args, track)
-    try:
-        started = time.time()
-        greedy = run_races(envs, network_policy(agent, device, greedy=True), seeds, keep_frames=16)
-        sampled = run_races(envs, network_policy(agent, device, greedy=False, seed=args.eval_seed), seeds)
-    finally:
-        envs.close(terminate=True)
-    ai = ai_races(args, track, seeds)
+    drivers = {
+        "greedy": ("agent", network_policy(agent, device, greedy=True), 16),
+        "sampled": ("agent", network_policy(agent, device, greedy=False, seed=args.eval_seed), 0),
+        "ai": ("ai", lambda obs: np.zeros((len(obs), 4), np.int64), 0),
+    }
+    races = {}
+    for name, (driver, policy, keep_frames) in drivers.items():
+        envs = race_envs(args, track, driver)
+        try:
+            races[name] = run_races(envs, policy, seeds, keep_frames)
+        finally:
+            envs.close(terminate=True)
 
     result = here | {"checkpoint": str(args.evaluate), "iteration": checkpoint["iteration"], "seeds": seeds}
-    result |= {"greedy": summarize(greedy), "sampled": summarize(sampled), "ai": summarize(ai)}
+    result |= {name: summarize(races[name]) for name in drivers}
     result |= {key: result["greedy"][key] for key in ("finished", "lap_times", "median", "off_track_seconds")}
     result |= {"ai_lap_times": result["ai"]["lap_times"], "ai_median": result["ai"]["median"]}
     result["ratio"] = result["median"] / result["ai_median"] if result["median"] and result["ai_median"] else None
@@ -953,15 +891,15 @@ def evaluate(args, checkpoint):
 
     print(f"{track}, {len(seeds)} races, {here['engine']} {here['engine_version']}, assets {here['assets']}")
     print(f"{'':10}{'finished':>10}{'median':>10}{'best':>10}{'off track':>12}")
-    for name in ("greedy", "sampled", "ai"):
+    for name in drivers:
         row = result[name]
         times = [f"{row[key]:.2f} s" if row[key] else "-" for key in ("median", "best")]
         done = f"{row['finished']}/{row['races']}"
         print(f"{name:10}{done:>10}{times[0]:>10}{times[1]:>10}{row['off_track_seconds']:>10.2f} s")
     if result["ratio"]:
         print(f"the agent's median is {result['ratio']:.3f} of the AI's")
-    write_mosaic(greedy, folder / "mosaic.mp4", 1 / args.step_size)
-    best = min(greedy, key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
+    write_mosaic(races["greedy"], folder / "mosaic.mp4", 1 / args.step_size)
+    best = min(races["greedy"], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
     film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], folder / "best_race.mp4"))
     film.start()
     film.join()
@@ -974,12 +912,18 @@ def evaluate(args, checkpoint):
 
 def save_atomically(contents, path):
     """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary, held = path.with_suffix(".tmp"), []
+    on_interrupt = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # torch.save would break
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+    if held and callable(on_interrupt):
+        on_interrupt(*held[0])
 
 
 def load_checkpoint(path):
@@ -997,28 +941,29 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def agent_from(checkpoint, device):
-    """The network of a checkpoint."""
-    agent = Agent(checkpoint["made_on"]["observation"], checkpoint["made_on"]["actions"]).to(device)
+def load_weights(agent, checkpoint, path):
+    """Puts a checkpoint's weights into the network. Raises UsageError where they do not fit."""
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:
-        raise UsageError("The checkpoint holds another network than this script's: type another path.") from error
-    return agent
+        sees = "type the --width, --height and --frame-stack that it learnt with, or another path"
+        raise UsageError(f"{path} holds another network than this run's: {sees}.") from error
 
 
 def describe_setting(args):
-    """What a checkpoint was made on, as plain values."""
+    """What a checkpoint is made on, as plain values."""
     engine = find_engine(args.engine)
-    return {
-        "engine": engine,
-        "engine_version": engine_version(engine),
-        "assets": find_assets(engine)[1],
-        "track": list(args.track),
-        "observation": [3 * args.frame_stack, args.height, args.width],
-        "actions": [len(STEER), len(PEDALS), 2, 2],
-        **{key: getattr(args, key) for key in ("step_size", *RACE_SETTINGS)},
-    }
+    setting = {"engine": engine, "engine_version": engine_version(engine), "assets": find_assets(engine)[1]}
+    setting |= {"track": list(args.track), "actions": [len(STEER), len(PEDALS), 2, 2]}
+    setting |= {"observation": [3 * args.frame_stack, args.height, args.width], "step_size": args.step_size}
+    return setting | {key: getattr(args, key) for key in RACE_SETTINGS}
+
+
+def note_differences(made_on, here):
+    """Says where a checkpoint is used on something else than it was made on."""
+    for key, value in made_on.items():
+        if here[key] != value:
+            print(f"note: this checkpoint learnt with {key} {value} and now meets {here[key]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1031,11 +976,9 @@ class Logger:
     def __init__(self, folder, args, iteration):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
         os.replace(temporary, self.path)
         self.file = open(self.path, "a", buffering=1)
         self.board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
@@ -1066,39 +1009,30 @@ def train(args, checkpoint=None):
     """Learns, from the start or from a run's last checkpoint; writes runs/<name>/."""
     from tqdm import tqdm
 
-    device, made_on, initial = pick_device(args.device), describe_setting(args), None
+    device, made_on = pick_device(args.device), describe_setting(args)
+    torch.manual_seed(args.seed)
+    agent = Agent(made_on["observation"], made_on["actions"]).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    iteration, elapsed, best, recent, logger = 0, 0.0, None, deque(maxlen=100), None
     if checkpoint:
         folder = args.resume
-        for key, value in made_on.items():
-            if checkpoint["made_on"][key] != value:
-                print(f"note: this run began with {key} {checkpoint['made_on'][key]} and goes on with {value}")
+        note_differences(checkpoint["made_on"], made_on)
+        load_weights(agent, checkpoint, folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iteration, elapsed, best = checkpoint["iteration"], checkpoint["elapsed"], checkpoint["best"]
+        recent.extend(checkpoint["recent"])
     else:
         if args.init_from:
-            initial = load_checkpoint(args.init_from)
-            for key in ("observation", "actions"):
-                if initial["made_on"][key] != made_on[key]:
-                    raise UsageError(
-                        f"{args.init_from} was made for {key} {initial['made_on'][key]}, this run is for {made_on[key]}: "
-                        "type the same --width, --height and --frame-stack."
-                    )
+            load_weights(agent, load_checkpoint(args.init_from), args.init_from)
         name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path("runs") / name
         if folder.exists():
             raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
 
-    sampler = Sampler(args, device)  # the games first: a process forks best while it is small
+    sampler = Sampler(args, device)
     arena = race_envs(args, args.track[0]) if args.eval_interval else None
-    logger = None
     try:
-        torch.manual_seed(args.seed)
-        agent = Agent(sampler.observation_shape, sampler.nvec).to(device)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-        iteration, elapsed, best, recent = 0, 0.0, None, deque(maxlen=100)
         if checkpoint:
-            agent.load_state_dict(checkpoint["agent"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            iteration, elapsed, best = checkpoint["iteration"], checkpoint["elapsed"], checkpoint["best"]
-            recent.extend(checkpoint["recent"])
             print("driving the games back to where they were, at most a few minutes", flush=True)
             sampler.restore(checkpoint["episodes"])
             torch.set_rng_state(checkpoint["rng"])
@@ -1106,8 +1040,6 @@ def train(args, checkpoint=None):
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"])
         else:
             sampler.reset(args.seed * 1_000_000)
-            if initial:
-                agent.load_state_dict(initial["agent"])
         folder.mkdir(parents=True, exist_ok=True)
         plain = args_to_plain(args)
         (folder / "config.json").write_text(json.dumps(plain | {"made_on": made_on}, indent=2) + "\n")
@@ -1141,6 +1073,7 @@ def train(args, checkpoint=None):
                 bar.set_postfix(progress=f"{progress.mean():.0%}", finish=f"{finished.mean():.0%}", refresh=False)
             if iteration % RELOAD_INTERVAL == 0:
                 sampler.reset(args.seed * 1_000_000 + iteration * args.num_envs)
+            weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
             if args.eval_interval and (iteration % args.eval_interval == 0 or iteration == iterations):
                 torch.set_num_threads(1)
                 first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
@@ -1155,29 +1088,16 @@ def train(args, checkpoint=None):
                 bar.write(f"{step:>9} decisions: {summary['finished']}/{summary['races']} finished, {note}")
                 if best is None or score(summary) > tuple(best):
                     best = list(score(summary))
-                    weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
                     save_atomically(weights, folder / "best.pt")
             spent = time.time() - started
             elapsed += spent
             metrics |= {"charts/SPS": batch_size / spent, "charts/sampling_SPS": batch_size / (sampled - started)}
             metrics |= {"charts/elapsed_seconds": elapsed, "charts/update_seconds": learnt - sampled}
             logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
-            save_atomically(
-                {
-                    "args": plain,
-                    "made_on": made_on,
-                    "agent": agent.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "iteration": iteration,
-                    "elapsed": elapsed,
-                    "best": best,
-                    "recent": list(recent),
-                    "episodes": sampler.snapshots(),
-                    "rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                },
-                folder / "last.pt",
-            )
+            state = {"optimizer": optimizer.state_dict(), "elapsed": elapsed, "best": best, "recent": list(recent)}
+            state |= {"episodes": sampler.snapshots(), "rng": torch.get_rng_state()}
+            state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
+            save_atomically(weights | state, folder / "last.pt")
             bar.update(batch_size)
         bar.close()
         print(f"done: type --evaluate {folder}/best.pt to race it against the game's own AI")
@@ -1208,13 +1128,7 @@ def pick_device(name):
 def args_to_plain(args):
     """Args as plain values for JSON and checkpoints; what belongs to one call only is left out."""
     plain = dataclasses.asdict(dataclasses.replace(args, resume=None, evaluate=None))
-    return {key: str(value) if isinstance(value, Path) else value for key, value in plain.items()}
-
-
-def plain_to_args(plain):
-    """The inverse of `args_to_plain`."""
-    init_from = Path(plain["init_from"]) if plain["init_from"] else None
-    return Args(**plain | {"track": tuple(plain["track"]), "init_from": init_from})
+    return plain | {"init_from": args.init_from and str(args.init_from)}
 
 
 def check_args(args):
@@ -1232,27 +1146,16 @@ def check_args(args):
     if args.kart not in karts:
         close = difflib.get_close_matches(args.kart, karts, 1, 0)
         raise UsageError(f"There is no kart {args.kart}: type --kart {close[0]}, or one of {', '.join(karts)}.")
-    at_least = {"num_envs": 1, "num_steps": 2, "width": 36, "height": 36, "frame_stack": 1, "laps": 1, "epochs": 1}
-    at_least |= {"num_minibatches": 1, "eval_episodes": 1, "eval_interval": 0, "total_timesteps": 1}
-    at_least |= {"seed": 0, "eval_seed": 0}
-    for name, least in at_least.items():
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: type {least} or more.")
-    for name in ("width", "height"):
-        if getattr(args, name) > 2048 or getattr(args, name) % 2:
-            raise UsageError(f"--{name} is {getattr(args, name)}: type an even number up to 2048.")
-    for name, (low, high) in {
-        "random_start": (0, 1),
-        "gamma": (0, 1),
-        "gae_lambda": (0, 1),
-        "step_size": (1 / 120, 1),
-        "learning_rate": (0, 1),
-    }.items():
-        if not low <= getattr(args, name) <= high:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} is {getattr(args, name)}: type a number from {low:.4g} to {high}.")
-    if args.max_seconds <= 0:
-        raise UsageError(f"--max-seconds is {args.max_seconds}: type a positive number of seconds.")
+    limits = {name: (1, np.inf) for name in ("num_envs", "frame_stack", "laps", "epochs", "num_minibatches")}
+    limits |= {"num_steps": (2, np.inf), "eval_episodes": (1, np.inf), "eval_interval": (0, np.inf)}
+    limits |= {"seed": (0, np.inf), "eval_seed": (0, np.inf), "width": (36, 2048), "height": (36, 2048)}
+    limits |= {"random_start": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "learning_rate": (0, 1)}
+    limits |= {"step_size": (1 / 120, 1), "max_seconds": (1, np.inf)}
+    for name, (least, most) in limits.items():
+        value, flag = getattr(args, name), name.replace("_", "-")
+        if not least <= value <= most:
+            wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
+            raise UsageError(f"--{flag} is {value}: type {wanted}.")
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
         raise UsageError(
@@ -1277,10 +1180,9 @@ def parse(argv):
     if not (args.resume or args.evaluate):
         return check_args(args), None
     checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")
-    saved = plain_to_args(checkpoint["args"])
-    args = tyro.cli(Args, args=argv, default=saved)
-    own, given = args_to_plain(saved), args_to_plain(args)
-    changed = [name for name in own if given[name] != own[name] and name != "device"]
+    saved = checkpoint["args"]
+    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name != "device"]
     if args.resume and changed:
         flag = changed[0].replace("_", "-")
         raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --init-from.")
@@ -1299,6 +1201,8 @@ def main():
     except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def metrics(folder):
     return [{key: value for key, value in row.items() if key not in clock} for row in rows]
 
 
-def start_and_signal(number, rows, folder, *args, cwd):
-    """Starts the script, sends it a signal once `rows` rows of metrics are written, and waits for its end.
+def start_and_signal(number, rows, folder, *args, cwd, game=False):
+    """Starts the script, sends it (or one of its games) a signal once `rows` rows of metrics are written, and waits.
 
     Returns the process, its output, and the ids of the game processes that it had.
     """
@@ -60,9 +60,10 @@ def start_and_signal(number, rows, folder, *args, cwd):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(process.pid, number)
+    children = [int(child) for child in children]
+    os.kill(children[0] if game else process.pid, number)
     output = process.communicate(timeout=60)[0]
-    return process, output, [int(child) for child in children]
+    return process, output, children
 
 
 def alive(pids):

@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import signal
 import sys
 
 import pytest
@@ -14,8 +15,8 @@ MISTAKES = {
     "--track scotlnd": "type --track scotland",
     "--track olivermath --reverse --kart tuxx": "type --kart tux",
     "--track battleisland": "There is no track battleisland",
-    "--width 20": "type 36 or more",
-    "--height 65": "even number",
+    "--width 20": "from 36 to 2048",
+    "--gamma 1.5": "type a number from 0 to 1",
     "--num-envs 0": "--num-envs is 0",
     "--num-envs 3 --num-steps 5": "does not divide into 8 minibatches",
     "--total-timesteps 5": "type 2048 or more",
@@ -130,3 +131,17 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(monkeypatch, tmp_path):
             with pytest.raises(OSError):
                 ppo_tuxkart.save_atomically({"value": 2}, path)
         assert torch.load(path, weights_only=True) == {"value": 1}
+
+
+def test_ctrl_c_while_saving_waits_for_the_save(monkeypatch, tmp_path):
+    path, fsync = tmp_path / "last.pt", ppo_tuxkart.os.fsync
+
+    def interrupted(descriptor):
+        signal.raise_signal(signal.SIGINT)
+        fsync(descriptor)
+
+    monkeypatch.setattr(ppo_tuxkart.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ppo_tuxkart.save_atomically({"value": 1}, path)
+    assert torch.load(path, weights_only=True) == {"value": 1}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

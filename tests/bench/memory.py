@@ -1,0 +1,36 @@
+"""Runs a command and samples the memory of its first process once a minute.
+
+    python tests/bench/memory.py RESULT.json python ppo_tuxkart.py --track scotland
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PERIOD = 60  # seconds
+
+
+def resident_mb(pid):
+    """Resident memory of a process in MB, by Linux's /proc."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def main():
+    result, command = Path(sys.argv[1]), sys.argv[2:]
+    started, samples = time.time(), []
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            process.wait(PERIOD)
+            break
+        except subprocess.TimeoutExpired:
+            samples.append({"minute": round((time.time() - started) / 60, 2), "rss_mb": round(resident_mb(process.pid), 1)})
+            result.write_text(json.dumps({"command": command, "samples": samples}, indent=1) + "\n")
+    sys.exit(process.returncode)
+
+
+if __name__ == "__main__":
+    main()
