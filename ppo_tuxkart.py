@@ -43,7 +43,7 @@ class Args:
     """PPO that drives SuperTuxKart from pixels. `--track scotland` is all it needs."""
 
     track: tuple[str, ...] = ("scotland",)  # track(s) to learn; several are shared out over the environments
-    total_timesteps: int = 1_200_000  # decisions to learn from, all environments together
+    total_timesteps: int = 1_000_000  # decisions to learn from, all environments together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     resume: Path | None = None  # run folder to go on with as if never stopped; its settings are kept
@@ -70,7 +70,7 @@ class Args:
 
     # PPO
     num_steps: int = 128  # decisions per environment and iteration
-    learning_rate: float = 3e-4  # Adam's step size at the start; it falls linearly to zero
+    learning_rate: float = 5e-4  # Adam's step size at the start; it falls linearly to zero
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
     epochs: int = 3  # passes over the data of an iteration
@@ -78,7 +78,7 @@ class Args:
     clip_coef: float = 0.2  # the clipped objective's epsilon
     clip_vloss: bool = False  # clip the value loss as well
     ent_coef: float = 0.005  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 0.05  # weight of the value loss; returns reach 20, so more of it would drown the policy's gradient
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # stop an iteration's passes when the approximate KL divergence exceeds this
 
@@ -569,11 +569,10 @@ def evaluate_actions(logits, actions, nvec):
 
 
 def choose_actions(logits, nvec, greedy=False, generator=None):
-    """Most probable actions, or sampled ones. logits: (B, sum(nvec)) -> int64 (B, len(nvec))."""
-    blocks = logits.split(nvec, -1)
-    if greedy:
-        return torch.stack([block.argmax(-1) for block in blocks], -1)
-    return torch.cat([torch.multinomial(block.softmax(-1), 1, generator=generator) for block in blocks], -1)
+    """Most probable actions, or sampled ones (Gumbel-max). logits: (B, sum(nvec)) -> int64 (B, len(nvec))."""
+    if not greedy:
+        logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+    return torch.stack([block.argmax(-1) for block in logits.split(nvec, -1)], -1)
 
 
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -673,7 +672,8 @@ class Sampler:
         shape = (args.num_steps, args.num_envs)
         self.obs = torch.zeros(shape + space.shape, dtype=torch.uint8, device=device)  # (T, N, C, H, W)
         self.actions = torch.zeros((*shape, len(actions.nvec)), dtype=torch.int64, device=device)
-        self.logprobs, self.values, self.next_values = (torch.zeros(shape, device=device) for _ in range(3))
+        self.logits = torch.zeros((*shape, int(actions.nvec.sum())), device=device)
+        self.values, self.next_values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.rewards = np.zeros(shape, np.float32)
         self.terminations, self.dones = np.zeros(shape, bool), np.zeros(shape, bool)
         self.next_obs = [None] * len(self.groups)
@@ -703,9 +703,8 @@ class Sampler:
                 if t > 0:
                     self._receive(t - 1, g, episodes, last_pictures)
                 self.obs[t, columns] = torch.from_numpy(self.next_obs[g]).to(device)
-                logits, self.values[t, columns] = agent(self.obs[t, columns])
-                self.actions[t, columns] = actions = choose_actions(logits, agent.nvec)
-                self.logprobs[t, columns] = evaluate_actions(logits, actions, agent.nvec)[0]
+                self.logits[t, columns], self.values[t, columns] = agent(self.obs[t, columns])
+                self.actions[t, columns] = actions = choose_actions(self.logits[t, columns], agent.nvec)
                 self.groups[g].step_async(actions.cpu().numpy())
         for g in range(len(self.groups)):
             self._receive(len(self.obs) - 1, g, episodes, last_pictures)
@@ -728,21 +727,16 @@ class Sampler:
             if truncations[i]:
                 last_pictures.append((t, columns.start + int(i), infos["final_obs"][i]))
 
-    def batch(self, gamma, gae_lambda):
+    def batch(self, nvec, gamma, gae_lambda):
         """The storage as one flat batch for `ppo_update`."""
         rewards, terminations, dones = (
             torch.from_numpy(a).to(self.obs.device) for a in (self.rewards, self.terminations, self.dones)
         )
         advantages = compute_gae(rewards, self.values, self.next_values, terminations, dones, gamma, gae_lambda)
-        tensors = {
-            "obs": self.obs,
-            "actions": self.actions,
-            "logprobs": self.logprobs,
-            "values": self.values,
-            "advantages": advantages,
-            "returns": advantages + self.values,
-        }
-        return {key: value.flatten(0, 1) for key, value in tensors.items()}
+        tensors = {"obs": self.obs, "actions": self.actions, "logits": self.logits, "values": self.values}
+        tensors |= {"advantages": advantages, "returns": advantages + self.values}
+        batch = {key: value.flatten(0, 1) for key, value in tensors.items()}
+        return batch | {"logprobs": evaluate_actions(batch.pop("logits"), batch["actions"], nvec)[0]}
 
     def close(self):
         for group in self.groups:
@@ -1056,7 +1050,7 @@ def train(args, checkpoint=None):
             episodes = sampler.collect(agent)
             sampled = time.time()
             torch.set_num_threads(os.cpu_count() or 1)
-            metrics = ppo_update(agent, optimizer, sampler.batch(args.gamma, args.gae_lambda), args)
+            metrics = ppo_update(agent, optimizer, sampler.batch(agent.nvec, args.gamma, args.gae_lambda), args)
             learnt = time.time()
             iteration += 1
             step = iteration * batch_size

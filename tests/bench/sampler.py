@@ -1,8 +1,9 @@
 """How much of the bare game the whole sampler delivers: python tests/bench/sampler.py
 
-Bare: N processes that only call `race.step` and copy the picture. Sampler: the same N games through the environment,
-AsyncVectorEnv and the network's inference. Both are set up at once and run in turn, `--rounds` times, in one call;
-the table gives medians. Only one side's processes work at a time; the other's wait.
+Bare: N processes that only call `race.step` and copy the picture (and `race.restart` where an episode ended). Sampler:
+the same N games through the environment, AsyncVectorEnv and the network's inference. The work is the same: in every
+round the sampler plays first, then the bare games repeat its actions, picture for picture from the start line, and
+both end up in the same place, which is checked. One side waits while the other works. The table gives medians.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class Bench:
     """game processes on each side"""
     steps: int = 128
     """steps per process and round"""
-    rounds: int = 5
+    rounds: int = 8
     """rounds of each side"""
     track: str = "scotland"
     """track to drive"""
@@ -42,73 +43,100 @@ class Bench:
     """JSON file to write"""
 
 
-def bare_game(settings, orders, done):
-    """One game that does nothing but step and copy the picture, `steps` times whenever it is told to."""
+def bare_game(settings, seed, pipe):
+    """One game that does nothing but step and copy the picture; it repeats (T, 4) actions, restarting at `dones`."""
     env = ppo_tuxkart.TuxKartEnv(track=settings.track, engine=settings.engine)
-    env.reset(seed=0)
-    env._race.config.step_size = env.step_size
-    control = env._stk.Action()
-    control.acceleration = 1.0
-    done.send(None)
-    generator = np.random.default_rng(os.getpid())
-    while orders.recv():
-        for step in range(settings.steps):
-            control.steer = float(generator.choice(ppo_tuxkart.STEER))
-            env._race.step(control)
-            np.array(env._race.render_data[0].image)
-            if step % 64 == 63:  # an untrained agent's episodes are about that long, too
-                env._race.restart()
-        done.send(None)
+    env.reset(seed=seed)
+    stk, race, step_size, clock = env._stk, env._race, env.step_size, 0.0
+    pipe.send(None)
+    while (order := pipe.recv()) is not None:
+        for (steer, pedal, drift, nitro), done in zip(*order, strict=True):
+            control = stk.Action()
+            control.steer, (control.acceleration, control.brake) = ppo_tuxkart.STEER[steer], ppo_tuxkart.PEDALS[pedal]
+            control.drift, control.nitro = bool(drift), bool(nitro)
+            env._set_clock(int(1000 * clock))  # the scenery moves, as it does in a game left to itself
+            race.config.step_size = step_size
+            race.step(control)
+            clock += step_size
+            np.array(race.render_data[0].image)
+            if done:
+                race.restart()
+                clock = 1 / 120
+                race.config.step_size = 1 / 120  # the environment's first look at the new race
+                race.step(stk.Action())
+        pipe.send(env._kart_state()[1])
+
+
+def cpu_seconds(pids):
+    """User and system time that processes have used, by Linux's /proc."""
+    stats = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in pids]
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
 
 
 def main(settings):
-    context = multiprocessing.get_context("fork")
-    pipes = []
-    for _ in range(settings.num_envs):
-        (orders_out, orders_in), (done_out, done_in) = context.Pipe(False), context.Pipe(False)
-        context.Process(target=bare_game, args=(settings, orders_out, done_in), daemon=True).start()
-        pipes.append((orders_in, done_out))
-    for _, done in pipes:
-        done.recv()
+    cpu = torch.device("cpu")
     args = ppo_tuxkart.Args(track=(settings.track,), engine=settings.engine, num_envs=settings.num_envs)
-    args.num_steps = settings.steps
+    args.num_steps, args.random_start = settings.steps, 0.0  # bare games know no other start than the line
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    sampler = ppo_tuxkart.Sampler(args, torch.device("cpu"))
-    agent = ppo_tuxkart.Agent(sampler.observation_shape, sampler.nvec)
+    agent = ppo_tuxkart.Agent((3 * args.frame_stack, args.height, args.width), (5, 3, 2, 2))
     if settings.checkpoint:
-        agent = ppo_tuxkart.agent_from(ppo_tuxkart.load_checkpoint(settings.checkpoint), torch.device("cpu"))
+        checkpoint = ppo_tuxkart.load_checkpoint(settings.checkpoint)
+        ppo_tuxkart.load_weights(agent, checkpoint, settings.checkpoint)
+    context = multiprocessing.get_context("fork")
+    pipes, bare_pids = [], []
+    for seed in range(settings.num_envs):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=bare_game, args=(settings, seed, theirs), daemon=True)
+        process.start()
+        bare_pids.append(process.pid)
+        pipes.append(ours)
+    for pipe in pipes:
+        pipe.recv()
+    sampler = ppo_tuxkart.Sampler(args, cpu)
     sampler.reset(0)
-    sampler.collect(agent)
 
-    rates = {"bare": [], "sampler": []}
-    for _ in range(settings.rounds):
+    sampler_pids = [process.pid for group in sampler.groups for process in group.processes]
+    parties = {"bare game": bare_pids, "sampler's game": sampler_pids, "sampler's network": [os.getpid()]}
+    rates, off, episodes = {"bare": [], "sampler": []}, [], 0
+    for number in range(settings.rounds + 1):  # the first one warms up
         started = time.perf_counter()
-        for orders, _ in pipes:
-            orders.send(True)
-        for _, done in pipes:
-            done.recv()
-        rates["bare"].append(settings.num_envs * settings.steps / (time.perf_counter() - started))
-        started = time.perf_counter()
-        sampler.collect(agent)
-        rates["sampler"].append(settings.num_envs * settings.steps / (time.perf_counter() - started))
-    for orders, _ in pipes:
-        orders.send(False)
-    sampler.close()
+        episodes += len(sampler.collect(agent))
+        between = time.perf_counter()
+        for i, pipe in enumerate(pipes):
+            pipe.send((sampler.actions[:, i].tolist(), sampler.dones[:, i].tolist()))
+        ends = [pipe.recv() for pipe in pipes]
+        ended = time.perf_counter()
+        places = [state[1] for group in sampler.groups for state in group.call("_kart_state")]
+        off.append(float(np.abs(np.array(places) - np.array(ends)).max()))
+        if number == 0:
+            used = {party: cpu_seconds(pids) for party, pids in parties.items()}
+        else:
+            rates["sampler"].append(settings.num_envs * settings.steps / (between - started))
+            rates["bare"].append(settings.num_envs * settings.steps / (ended - between))
+    if max(off) > 1e-3:
+        sys.exit(f"The bare games are {max(off):.3f} m from where the sampler's are: not the same work, so no figure.")
 
+    scale = 1000 / (settings.num_envs * settings.steps * settings.rounds)
     result = {
         "bare": statistics.median(rates["bare"]),
         "sampler": statistics.median(rates["sampler"]),
         "ratio": statistics.median(s / b for s, b in zip(rates["sampler"], rates["bare"], strict=True)),
         "rates": rates,
+        "episodes": episodes,
+        "cpu_ms_per_decision": {party: (cpu_seconds(pids) - used[party]) * scale for party, pids in parties.items()},
         "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items()},
         "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
         "setting": ppo_tuxkart.describe_setting(args),
     }
     print(f"{settings.num_envs} games, {os.cpu_count()} cores, decisions/s, median of {settings.rounds} rounds")
-    print(f"bare    {result['bare']:7.0f}   {' '.join(f'{rate:.0f}' for rate in rates['bare'])}")
-    print(f"sampler {result['sampler']:7.0f}   {' '.join(f'{rate:.0f}' for rate in rates['sampler'])}")
-    print(f"ratio   {result['ratio']:7.3f}   median of the rounds' own ratios")
+    for name in ("bare", "sampler"):
+        print(f"{name:8}{result[name]:7.0f}   {' '.join(f'{rate:.0f}' for rate in rates[name])}")
+    print(f"ratio   {result['ratio']:7.3f}   median of the rounds' own ratios; {episodes} episodes ended")
+    print("CPU ms/decision: " + ", ".join(f"{k} {v:.2f}" for k, v in result["cpu_ms_per_decision"].items()))
+    for pipe in pipes:
+        pipe.send(None)
+    sampler.close()
     if settings.out:
         settings.out.write_text(json.dumps(result, indent=2) + "\n")
 
