@@ -136,4 +136,4 @@ def test_an_error_leaves_no_game_and_a_good_checkpoint(tmp_path):
     process, output, games = start_and_signal(SIGKILL, 2, folder, *settings, cwd=tmp_path, game=True)
     assert process.returncode not in (0, -SIGKILL), output
     assert len(games) >= 2 and not alive(games)
-    assert torch.load(folder / "last.pt", weights_only=True)["iteration"] >= 2
+    assert torch.load(folder / "last.pt", weights_only=True)["iteration"] >= 1

@@ -21,35 +21,45 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass
 class Figures:
-    runs: tuple[Path, ...] = tuple(sorted((HERE / "results").glob("scotland-seed*.jsonl")))
-    """metrics.jsonl of each run"""
-    evaluation: Path = HERE / "results" / "scotland-seed1-continued.evaluation.json"
-    """evaluation.json with the AI's median lap"""
     film: Path | None = None
     """a filmed race"""
+    results: Path = HERE / "results"
+    """folder with NAME.jsonl and NAME.config.json of each run, and scotland-seed*.evaluation.json"""
     docs: Path = HERE.parents[1] / "docs"
     """folder for the pictures"""
 
 
+def load(path):
+    """A run's settings, its rows, and a function that gives a column of them, nan where a row has none."""
+    settings = json.loads(path.with_suffix(".config.json").read_text())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return settings, rows, lambda key, chosen: np.array([row.get(key, np.nan) for row in chosen], float)
+
+
 def curves(settings):
-    figure, (rate, laps) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for path in settings.runs:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = np.array([row["global_step"] for row in rows]) / 1e6
-        line = rate.plot(steps, [row.get("charts/finish_rate", np.nan) for row in rows], label=f"{path.stem}, sampled")
-        races = [row for row in rows if "eval/finished" in row]
-        steps = [row["global_step"] / 1e6 for row in races]
-        color = line[0].get_color()
-        rate.plot(steps, [row["eval/finished"] / 20 for row in races], "o", color=color, label="greedy, 20 races")
-        laps.plot(steps, [row.get("eval/median_lap", np.nan) for row in races], "o-", color=color, label=path.stem)
-    ai = json.loads(settings.evaluation.read_text())["ai_median"]
-    laps.axhline(ai, color="gray", linestyle="--", label="the game's AI")
+    figure, (rate, laps, weights) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for path in sorted(settings.results.glob("scotland-seed*.jsonl")):
+        run, rows, column = load(path)
+        label, races = f"seed {run['seed']}", [row for row in rows if "eval/finished" in row]
+        (line,) = rate.plot(column("global_step", rows) / 1e6, column("charts/finish_rate", rows), label=label)
+        steps, look = column("global_step", races) / 1e6, {"color": line.get_color(), "label": f"{label}, greedy"}
+        rate.plot(steps, column("eval/finished", races) / run["eval_episodes"], "o", **look)
+        laps.plot(steps, column("eval/median_lap", races), "o-", **look)
+    evaluations = [json.loads(path.read_text()) for path in settings.results.glob("scotland-seed*.evaluation.json")]
+    if evaluations:
+        laps.axhline(evaluations[0]["ai_median"], color="gray", linestyle="--", label="the game's AI")
+    for path in sorted(settings.results.glob("explore-*.jsonl")):
+        run, rows, column = load(path)
+        if not run["init_from"]:
+            label = f"weight {run['vf_coef']:g}, step size {run['learning_rate']:g}"
+            weights.plot(column("global_step", rows) / 1e6, column("charts/progress", rows), label=label)
     rate.set(xlabel="million decisions", ylabel="races finished", ylim=(0, 1.02))
     laps.set(xlabel="million decisions", ylabel="median lap, greedy (s)")
-    for axes in (rate, laps):
+    weights.set(xlabel="million decisions", ylabel="lap covered, sampled", title="the value loss's weight", ylim=(0, 1.02))
+    for axes in (rate, laps, weights):
         axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(settings.docs / "learning.png", dpi=120)
+    figure.savefig(settings.docs / "learning.png", dpi=110)
 
 
 def moving_picture(settings):
@@ -60,8 +70,7 @@ def moving_picture(settings):
 
 def main(settings):
     settings.docs.mkdir(exist_ok=True)
-    if settings.runs:
-        curves(settings)
+    curves(settings)
     if settings.film:
         moving_picture(settings)
 
