@@ -266,6 +266,7 @@ class TuxKartEnv(gym.Env):
         self.step_size, self.random_start, self.max_seconds = step_size, random_start, max_seconds
         self.laps, self.difficulty, self.kart, self.reverse = laps, difficulty, kart, reverse
         self.driver, self.render_mode = driver, render_mode
+        self.frame_stack = frame_stack
         self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, height, width), np.uint8)
         self.action_space = gym.spaces.MultiDiscrete([len(STEER), len(PEDALS), 2, 2])
         self.substeps, self.on_frame = 1, None  # a film draws several pictures a decision
@@ -351,7 +352,7 @@ class TuxKartEnv(gym.Env):
         self._limit = self.max_seconds if self._from_line else min(self.max_seconds, RANDOM_START_SECONDS)
         self._start, self._progress, self._best, self._best_at = seconds, 0.0, 0.0, seconds
         self._return = self._off_track_m = self._off_track_seconds = 0.0
-        self._frames = np.repeat(self._picture()[None], self.observation_space.shape[0] // 3, 0)  # (K, 3, H, W)
+        self._frames = np.repeat(self._picture()[None], self.frame_stack, 0)  # (K, 3, H, W)
         return self.observation(), {}
 
     def step(self, action):
@@ -384,20 +385,22 @@ class TuxKartEnv(gym.Env):
         truncated = not terminated and now - self._start >= self._limit
         reward = progress_reward(gain, now - before, finished, terminated and not finished)
         self._return += reward
-        info = {}
-        if terminated or truncated:
-            info = {
-                "lap_time": lap_time + self._handicap if finished else float("nan"),
-                "finished": finished,
-                "progress": 1.0 if finished else self._progress / self._distance,
-                "off_track_m": self._off_track_m,
-                "off_track_seconds": self._off_track_seconds,
-                "seconds": now - self._start,
-                "return": self._return,
-                "from_line": self._from_line,
-                "end": end or "time limit",
-            }
+        info = self._final_info(end or "time limit", lap_time) if terminated or truncated else {}
         return self.observation(), reward, terminated, truncated, info
+
+    def _final_info(self, end, lap_time):
+        finished = end == "finished"
+        return {
+            "lap_time": lap_time + self._handicap if finished else float("nan"),
+            "finished": finished,
+            "progress": 1.0 if finished else self._progress / self._distance,
+            "off_track_m": self._off_track_m,
+            "off_track_seconds": self._off_track_seconds,
+            "seconds": self._world.time - self._start,
+            "return": self._return,
+            "from_line": self._from_line,
+            "end": end,
+        }
 
     def observation(self):
         """The stacked pictures, uint8 (3 * frame_stack, height, width)."""
@@ -467,7 +470,7 @@ class TuxKartEnv(gym.Env):
     def _picture(self):
         """The newest picture, uint8 (3, height, width). A copy: the engine reuses its buffer."""
         if self.driver == "ai":
-            return np.zeros((3, *self.observation_space.shape[1:]), np.uint8)
+            return np.zeros((3, *self.size[::-1]), np.uint8)
         return np.ascontiguousarray(np.asarray(self._race.render_data[0].image).transpose(2, 0, 1))
 
     def _place(self, location, heading):

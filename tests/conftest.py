@@ -32,13 +32,13 @@ def in_process(function, *args):
         return pool.submit(function, *args).result()
 
 
-def command(*args):
-    return [sys.executable, str(ROOT / "ppo_tuxkart.py"), *map(str, args)]
+def command(script, *args):
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
 
 
-def run(*args, cwd):
-    """A finished run of the script: returncode, stdout, stderr."""
-    return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=900)
+def run(*args, cwd, script="ppo_tuxkart"):
+    """A finished run of a script: returncode, stdout, stderr."""
+    return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
 def metrics(folder):
@@ -48,12 +48,14 @@ def metrics(folder):
     return [{key: value for key, value in row.items() if key not in clock} for row in rows]
 
 
-def start_and_signal(number, rows, folder, *args, cwd, game=False):
-    """Starts the script, sends it (or one of its games) a signal once `rows` rows of metrics are written, and waits.
+def start_and_signal(number, rows, folder, *args, cwd, game=False, script="ppo_tuxkart"):
+    """Starts a script, sends it (or one of its games) a signal once `rows` rows of metrics are written, and waits.
 
     Returns the process, its output, and the ids of the game processes that it had.
     """
-    process = subprocess.Popen(command(*args), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(script, *args), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     file = folder / "metrics.jsonl"
     deadline = time.monotonic() + 600
     while not (file.exists() and file.read_bytes().count(b"\n") >= rows):

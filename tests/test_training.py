@@ -93,20 +93,27 @@ def test_weights_start_another_run(trained):
     assert refused.returncode == 2 and "--resume" in refused.stderr
 
 
-def test_killed_and_resumed_is_never_killed(tmp_path):
+LSTM = ("--memory", "lstm", "--base-channels", 4, "--random-action-prob", 0.1, "--moving-finish", "--augment", "shift")
+NORMS = ("--network", "conv2d", "--base-channels", 8, "--amp", "bf16")
+SCRIPTS = {"ppo": ("ppo_tuxkart", ()), "lstm": ("ppo_tuxkart_resnet", LSTM), "norms": ("ppo_tuxkart_resnet", NORMS)}
+
+
+@pytest.mark.parametrize("case", SCRIPTS)
+def test_killed_and_resumed_is_never_killed(case, tmp_path):
     """Killed twice, before and after the games were loaded anew, in the middle of episodes."""
-    settings = [*SMALL, "--total-timesteps", 36 * 32, "--seed", 5, "--random-start", 0.5]
-    whole = run(*settings, "--name", "whole", cwd=tmp_path)
+    script, extra = SCRIPTS[case]
+    settings = [*SMALL, "--total-timesteps", 36 * 32, "--seed", 5, "--random-start", 0.5, *extra]
+    whole = run(*settings, "--name", "whole", cwd=tmp_path, script=script)
     assert whole.returncode == 0, whole.stderr
-    again = run(*settings, "--name", "again", cwd=tmp_path)
+    again = run(*settings, "--name", "again", cwd=tmp_path, script=script)
     assert again.returncode == 0, again.stderr
 
-    folder = tmp_path / "runs" / "killed"
-    process, _, games = start_and_signal(SIGKILL, 7, folder, *settings, "--name", "killed", cwd=tmp_path)
+    folder, where = tmp_path / "runs" / "killed", {"cwd": tmp_path, "script": script}
+    process, _, games = start_and_signal(SIGKILL, 7, folder, *settings, "--name", "killed", **where)
     assert process.returncode == -SIGKILL and len(games) >= 2 and not alive(games)
-    process, _, games = start_and_signal(SIGKILL, 34, folder, "--resume", folder, cwd=tmp_path)
+    process, _, games = start_and_signal(SIGKILL, 34, folder, "--resume", folder, **where)
     assert process.returncode == -SIGKILL and not alive(games)
-    resumed = run("--resume", folder, cwd=tmp_path)
+    resumed = run("--resume", folder, **where)
     assert resumed.returncode == 0, resumed.stderr
 
     expected = metrics(tmp_path / "runs" / "whole")

@@ -1,0 +1,1634 @@
+"""PPO drives the real SuperTuxKart from pixels with deep networks: ppo_tuxkart.py and what differs.
+
+Networks: IMPALA's residual CNN (Espeholt et al. 2018, https://arxiv.org/abs/1802.01561) with frames stacked or an LSTM;
+the 2D residual network and the 3D ResNet of the project tuxkart-ai, layer by layer; the Nature CNN behind batch
+normalization of the EC418 notebook. `diff ppo_tuxkart.py ppo_tuxkart_resnet.py` shows everything that is new.
+
+    python ppo_tuxkart_resnet.py --track scotland                                   # IMPALA
+    python ppo_tuxkart_resnet.py --network resnet3d --base-channels 16              # the 3D ResNet, scaled down
+    python ppo_tuxkart_resnet.py --network conv2d --width 400 --height 600 --summary  # the layers, then stop
+    python ppo_tuxkart_resnet.py --evaluate runs/<name>/best.pt                     # race it against the game's own AI
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import types
+import xml.etree.ElementTree
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+
+@dataclasses.dataclass
+class Args:
+    """PPO that drives SuperTuxKart from pixels with deep networks. `--track scotland` is all it needs."""
+
+    track: tuple[str, ...] = ("scotland",)  # track(s) to learn; several are shared out over the environments
+    total_timesteps: int = 1_000_000  # decisions to learn from, all environments together
+    seed: int = 1  # seed of the network, the actions, the minibatches and the starts
+    name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
+    resume: Path | None = None  # run folder to go on with as if never stopped; its settings are kept
+    init_from: Path | None = None  # checkpoint to take the network's weights from, and nothing else
+    evaluate: Path | None = None  # checkpoint to race, greedy and sampled, beside the game's own AI; no learning
+    eval_episodes: int = 20  # races per evaluation
+    eval_seed: int = 1000  # seed of the first evaluation race; each race has its own disturbed start
+    eval_interval: int = 64  # iterations between evaluations while learning; 0 for none
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the network runs; auto takes the GPU if there is one
+
+    # the network
+    network: Literal["impala", "conv2d", "resnet3d", "ec418"] = "impala"  # which one
+    base_channels: int | None = None  # channels of its first layer (default: 16, 128, 256, 32)
+    memory: Literal["stack", "lstm"] = "stack"  # frames stacked, or one frame and an LSTM (impala only)
+    color: Literal["rgb", "gray"] | None = None  # what the pictures hold (default: gray for conv2d and ec418, else rgb)
+    amp: Literal["off", "bf16", "fp16"] = "off"  # half precision in the network; logits, values and losses stay float32
+    compile: bool = False  # compile the network with torch.compile
+    summary: bool = False  # print the network's layers and stop
+
+    # the game
+    engine: Literal["auto", "pystk", "pystk2"] = "auto"  # game bindings; auto prefers the faster pystk
+    num_envs: int = 16  # game processes
+    width: int = 64  # width of the picture, in pixels
+    height: int = 64  # height of the picture, in pixels
+    frame_stack: int | None = None  # pictures the network sees (default: resnet3d 5, conv2d 4, lstm 1, else 2)
+    step_size: float = 0.15  # seconds of game time for which an action is held
+    random_start: float = 0.5  # share of the episodes that start anywhere on the track instead of on the start line
+    max_seconds: float = 150.0  # time limit of a race, in seconds of game time
+    laps: int = 1  # laps of a race
+    difficulty: Literal[0, 1, 2] = 2  # the game's; it also scales the player's top speed (0.6, 0.8, 0.92)
+    kart: str = "tux"  # kart to drive
+    reverse: bool = False  # drive the track the other way round
+
+    random_action_prob: float = 0.0  # chance per decision that a burst of random actions begins, to learn to recover
+    random_action_steps: int = 4  # length of such a burst
+    moving_finish: bool = False  # end episodes at a line that starts near and moves ahead as more of them reach it
+
+    # PPO
+    num_steps: int = 128  # decisions per environment and iteration
+    learning_rate: float = 5e-4  # Adam's step size at the start; it falls linearly to zero
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    epochs: int = 3  # passes over the data of an iteration
+    num_minibatches: int = 8  # minibatches per pass
+    grad_accum: int = 1  # pieces that a minibatch is computed in; more need less memory for the same gradient
+    clip_coef: float = 0.2  # the clipped objective's epsilon
+    clip_vloss: bool = False  # clip the value loss as well
+    ent_coef: float = 0.005  # weight of the entropy bonus
+    vf_coef: float = 0.05  # weight of the value loss; returns reach 20, so more of it would drown the policy's gradient
+    max_grad_norm: float = 0.5  # largest norm of the gradient
+    augment: Literal["none", "shift"] = "none"  # random shifts, and a penalty where policy or value depend on them
+    augment_coef: float = 0.1  # weight of that penalty
+    target_kl: float | None = None  # stop an iteration's passes when the approximate KL divergence exceeds this
+
+
+FRAMES = {"impala": 2, "conv2d": 4, "resnet3d": 5, "ec418": 2}
+BASE_CHANNELS = {"impala": 16, "conv2d": 128, "resnet3d": 256, "ec418": 32}
+
+
+def complete(args):
+    """Args with everything filled in that depends on the network."""
+    frames = 1 if args.memory == "lstm" else FRAMES[args.network]
+    color = "gray" if args.network in ("conv2d", "ec418") else "rgb"
+    return dataclasses.replace(
+        args,
+        frame_stack=args.frame_stack or frames,
+        base_channels=args.base_channels or BASE_CHANNELS[args.network],
+        color=args.color or color,
+    )
+
+
+class UsageError(Exception):
+    """What the user typed, or what the machine lacks; the message is one sentence that says what to type next."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The game: engine, assets, track geometry, environment
+
+ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # module: package; "pystk" on PyPI is another thing
+DEBIAN_ASSETS = Path("/usr/share/games/supertuxkart/data")
+
+STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)  # left to right
+PEDALS = ((1.0, False), (0.0, False), (0.0, True))  # acceleration, brake: gas, coast, brake
+
+STUCK_SECONDS, STUCK_METRES = 4.0, 2.0  # an episode ends when that long has not brought that much progress
+RACE_STUCK_SECONDS = 15.0  # the same in a race, where the kart may free itself
+BACKWARDS_METRES = 15.0
+OFF_TRACK_METRES = 10.0  # beyond the edge of the road
+RANDOM_START_SECONDS = 30.0
+RACE_SETTINGS = ("laps", "difficulty", "kart", "reverse")
+TOP_SPEED = 60.0  # m/s; no kart is faster, so a larger gain is a teleport
+
+
+def engine_version(engine):
+    """Version of the engine's package, or None where it is not installed."""
+    try:
+        return importlib.metadata.version(ENGINES[engine])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_engine(engine="auto"):
+    """Name of the module to drive the game with, "pystk" or "pystk2". Raises UsageError where there is none."""
+    wanted = ENGINES if engine == "auto" else [engine]
+    for module in wanted:
+        if engine_version(module):
+            return module
+    package = ENGINES["pystk2" if engine == "auto" else engine]
+    hint = "./install.sh" if engine == "pystk" else f"pip install {package}"
+    raise UsageError(f"The game's Python package {package} is not installed: type `{hint}`.")
+
+
+def find_assets(engine):
+    """Folder that the engine reads its data from, and the assets' version: (Path, str).
+
+    The engine's own assets where it brings some, else Debian's supertuxkart-data through a folder of links in the
+    user's cache. Raises UsageError where there are none.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if engine == "pystk2":
+        from platformdirs import user_cache_dir  # a dependency of pystk2, which looks for its assets there
+
+        root, marker = Path(user_cache_dir("PySuperTuxKart2", "bpiwowar")) / "1.5", "supertuxkart.1.5"
+        if (root / "__downloaded__.txt").exists() and not (root / "data" / "tracks").is_symlink():
+            return root, "1.5"
+    else:
+        root, marker = cache / "ppo_tuxkart" / "assets", "supertuxkart.git"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version("PySuperTuxKartData")
+            return Path(importlib.import_module("pystk_data").data_dir), version
+    versions = [path.name.removeprefix("supertuxkart.") for path in DEBIAN_ASSETS.glob("supertuxkart.[0-9]*")]
+    if not versions:
+        raise UsageError("The game's assets are not installed: type `sudo apt-get install supertuxkart-data`.")
+    data = root / "data"
+    (data / "skins").mkdir(parents=True, exist_ok=True)
+    links = {data / source.name: source for source in DEBIAN_ASSETS.iterdir() if source.name != "skins"}
+    links |= {data / "skins" / source.name: source for source in (DEBIAN_ASSETS / "skins").iterdir()}
+    links.setdefault(data / "skins" / "classic", DEBIAN_ASSETS / "skins" / "peach")  # the skin pystk2 asks for
+    for link, source in links.items():
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(source)
+    (data / marker).touch()
+    (root / "__downloaded__.txt").touch()
+    return root, versions[0]
+
+
+def race_tracks(assets):
+    """The race tracks (no arenas, no cut scenes) in an assets folder: {name: whether it can be reversed}."""
+    tracks = {}
+    for file in sorted((assets / "data" / "tracks").glob("*/track.xml")):
+        root = xml.etree.ElementTree.parse(file).getroot()
+        yes = {key for key, value in root.items() if value.upper() == "Y"}
+        if (file.parent / "quads.xml").exists() and not yes & {"arena", "soccer", "cutscene", "internal"}:
+            tracks[file.parent.name] = "reverse" in yes
+    return tracks
+
+
+def gpu_renders():
+    """Whether a GPU driver is there to draw the game; otherwise Mesa draws on the CPU."""
+    nodes = [*Path("/dev/dri").glob("renderD*"), *Path("/dev").glob("nvidiactl")]
+    return sys.platform != "linux" or any(os.access(node, os.R_OK | os.W_OK) for node in nodes)
+
+
+def load_engine(engine):
+    """Imports the engine and prepares this process for it. Returns the module."""
+    if not gpu_renders():
+        # Mesa filters anisotropically in a loop on the CPU: single frames took up to 71 s. Its threads gain nothing.
+        hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
+        os.environ.setdefault("MESA_EXTENSION_OVERRIDE", hidden)
+        os.environ.setdefault("LP_NUM_THREADS", "0")
+    if multiprocessing.parent_process() is not None:  # a worker: Ctrl-C is its parent's, and it dies with its parent
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        silence = os.open(os.devnull, os.O_WRONLY)  # the engine talks to file descriptors 1 and 2 from C++
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+    assets, _ = find_assets(engine)
+    if engine == "pystk":
+        sys.modules["pystk_data"] = types.ModuleType("pystk_data")  # where pystk asks for its assets
+        sys.modules["pystk_data"].data_dir = str(assets)
+    return importlib.import_module(engine)
+
+
+class TrackGeometry:
+    """The track's centre line as segments, and where points lie along it; all in metres and radians.
+
+    starts, ends: (S, 3), x and z on the ground, y up. widths: (S,). distances: (S, 2), along the track, of both ends.
+    """
+
+    def __init__(self, nodes, widths, distances, length):
+        nodes = np.asarray(nodes, np.float64)  # (S, 2, 3)
+        self.starts, self.ends = nodes[:, 0], nodes[:, 1]
+        self.widths = np.asarray(widths, np.float64).reshape(-1)
+        self.distances = np.asarray(distances, np.float64)
+        self.length = float(length)
+        self.vectors = self.ends - self.starts
+        self.squares = np.maximum((self.vectors**2).sum(-1), 1e-9)
+        self.headings = np.arctan2(self.vectors[:, 0], self.vectors[:, 2])
+
+    def locate(self, points):
+        """Nearest place on the centre line. points: (..., 3).
+
+        Returns distance down the track in [0, length), signed lateral offset (right is positive), track heading and
+        track width there, each of shape (...).
+        """
+        points = np.asarray(points, np.float64)
+        shape, rows = points.shape[:-1], np.arange(points.size // 3)
+        relative = points.reshape(-1, 1, 3) - self.starts  # (P, S, 3)
+        share = (np.einsum("psi,si->ps", relative, self.vectors) / self.squares).clip(0, 1)
+        gap = relative - share[..., None] * self.vectors
+        nearest = np.einsum("psi,psi->ps", gap, gap).argmin(-1)
+        share, gap = share[rows, nearest], gap[rows, nearest]
+        begin, end = self.distances[nearest].T
+        heading = self.headings[nearest]
+        side = np.sign(gap[:, 0] * np.cos(heading) - gap[:, 2] * np.sin(heading))
+        along = (begin + share * (end - begin)) % self.length
+        offset = side * np.hypot(gap[:, 0], gap[:, 2])
+        return tuple(values.reshape(shape) for values in (along, offset, heading, self.widths[nearest]))
+
+    def gain(self, before, after):
+        """Metres gained between two distances down the track, the shorter way round, in [-length/2, length/2)."""
+        return (after - before + self.length / 2) % self.length - self.length / 2
+
+
+class TuxKartEnv(gym.Env):
+    """One kart in the real SuperTuxKart, seen through its own camera.
+
+    Observation: uint8 (3 * frame_stack, height, width), RGB pictures, the newest last.
+    Action: MultiDiscrete (steer 5, pedal 3, drift 2, nitro 2), held for `step_size` seconds of game time.
+    Reward: a tenth of the metres gained along the track, minus half a point a second; +10 for the finish, -3 for
+    being stuck, off the track or driving backwards, which end the episode. The time limit truncates it.
+    At the end `info` holds lap_time (s, nan unless finished), finished, progress (share of the race's distance),
+    off_track_m (largest), off_track_seconds, seconds, return and end (why).
+
+    `reset(seed=...)` loads the track anew (0.6 s), so that nothing of the episodes before is left, not even in the
+    camera's motion; without a seed a reset takes a hundredth of that. `reset(seed=..., options={"race": True})` starts
+    an evaluation race: from the line, with a disturbance drawn from the seed (up to 2 m aside, 10 degrees askew and
+    0.2 s late), ended by the finish, the time limit or 15 s without progress.
+    One game runs per process: use gymnasium's AsyncVectorEnv for more. With `driver="ai"` the game's own AI drives,
+    nothing is drawn, actions are ignored and observations are black.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
+    _process_is_busy = False
+
+    def __init__(
+        self, track="scotland", engine="auto", width=64, height=64, frame_stack=2, step_size=0.15, random_start=0.0,
+        max_seconds=150.0, laps=1, difficulty=2, kart="tux", reverse=False, driver="agent", render_mode=None,
+    ):  # fmt: skip
+        self.track, self.engine, self.size = track, find_engine(engine), (width, height)
+        self.step_size, self.random_start, self.max_seconds = step_size, random_start, max_seconds
+        self.laps, self.difficulty, self.kart, self.reverse = laps, difficulty, kart, reverse
+        self.driver, self.render_mode = driver, render_mode
+        self.frame_stack = frame_stack
+        self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, height, width), np.uint8)
+        self.action_space = gym.spaces.MultiDiscrete([len(STEER), len(PEDALS), 2, 2])
+        self.substeps, self.on_frame = 1, None  # a film draws several pictures a decision
+        self._stk = self._race = None
+        self._loads = 0
+
+    def _boot(self):
+        """Starts the engine, once in a process."""
+        if TuxKartEnv._process_is_busy:
+            raise RuntimeError("One game runs per process: close the other TuxKartEnv, or use AsyncVectorEnv.")
+        self._stk = stk = load_engine(self.engine)
+        graphics = stk.GraphicsConfig.ld() if self.driver == "agent" else stk.GraphicsConfig.none()
+        graphics.screen_width, graphics.screen_height = self.size
+        stk.init(graphics)
+        TuxKartEnv._process_is_busy = True
+        # Wind and the like move with the wall clock, so no two races would look alike: they get the game's clock.
+        library = ctypes.CDLL(stk.__file__)
+        names = ("os5Timer8setSpeedEf", "os5Timer7setTimeEj", "os10Randomizer5resetEi")
+        functions = [getattr(library, f"_ZN3irr2{name}", lambda *_: None) for name in names]
+        functions[0](ctypes.c_float(0.0))
+        _, self._set_clock, self._seed_scenery = functions
+        self._world = stk.WorldState()
+
+    def _load_race(self):
+        """Loads the track; everything in the game is new after it, the camera too."""
+        stk = self._stk
+        self._unload_race()
+        config = stk.RaceConfig()
+        config.track, config.laps, config.reverse = self.track, self.laps, self.reverse
+        config.difficulty, config.num_kart, config.step_size = self.difficulty, 1, self.step_size
+        if hasattr(config, "overlay"):
+            config.overlay = False  # pystk2 would draw its HUD into the picture; pystk has none
+        config.players[0].kart = self.kart
+        controllers = stk.PlayerConfig.Controller
+        config.players[0].controller = controllers.AI_CONTROL if self.driver == "ai" else controllers.PLAYER_CONTROL
+        ctypes.CDLL(None).srand(0)
+        self._seed_scenery(0)
+        self._set_clock(0)
+        self._race = stk.Race(config)
+        self._race.start()
+        self._loads += 1
+        track = stk.Track()
+        track.update()
+        self.geometry = TrackGeometry(track.path_nodes, track.path_width, track.path_distance, track.length)
+
+    def _unload_race(self):
+        if self._race is not None:
+            self._race.stop()
+            self._race = None  # the engine allows one race at a time
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        if self._stk is None:
+            self._boot()
+        options = options or {}
+        self._in_race = bool(options.get("race"))
+        if self._race is None or seed is not None or self.driver == "ai":  # a restart would take the wheel from the AI
+            self._load_race()
+            self._history = []
+        else:
+            self._race.restart()
+        self._history.append({"rng": self.np_random.bit_generator.state, "options": options, "actions": []})
+        self._world.update()
+        self._hold(1 / 120)
+        _, location, _ = self._kart_state()
+        front = np.array(self._world.karts[0].front, np.float64) - location
+        heading, self._handicap = np.arctan2(front[0], front[2]), 0.0
+        if hasattr(self._world, "phase"):  # pystk2 counts down for 5 s before a kart can drive
+            self._hold(4.9)
+            while self._kart_state()[0] == 0:
+                self._hold(0.05)
+        self._from_line = self._in_race or self.np_random.random() >= self.random_start
+        if self._in_race:
+            self._disturb_start(location, heading)
+        elif not self._from_line:
+            self._start_anywhere()
+
+        seconds, location, _ = self._kart_state()
+        self._along = float(self.geometry.locate(location)[0])
+        length = self.geometry.length
+        behind = (length - self._along) % length if self._from_line else 0.0
+        self._distance = self.laps * length + (behind if behind < length / 2 else behind - length)
+        self._limit = self.max_seconds if self._from_line else min(self.max_seconds, RANDOM_START_SECONDS)
+        self._start, self._progress, self._best, self._best_at = seconds, 0.0, 0.0, seconds
+        self._return = self._off_track_m = self._off_track_seconds = 0.0
+        self._frames = np.repeat(self._picture()[None], self.frame_stack, 0)  # (K, 3, H, W)
+        return self.observation(), {}
+
+    def step(self, action):
+        if self._race is None:
+            raise gym.error.ResetNeeded("Call reset before step.")
+        before = self._kart_state()[0]
+        self._history[-1]["actions"].append([int(a) for a in action])
+        self._drive(action)
+        self._frames = np.concatenate([self._frames[1:], self._picture()[None]])
+
+        now, location, lap_time = self._kart_state()
+        along, offset, _, width = (float(value) for value in self.geometry.locate(location))
+        gain = min(self.geometry.gain(self._along, along), TOP_SPEED * self.step_size)
+        self._along, self._progress = along, self._progress + gain
+        if self._progress > self._best + STUCK_METRES:
+            self._best, self._best_at = self._progress, now
+        off_track = max(abs(offset) - width / 2, 0.0)
+        self._off_track_m = max(self._off_track_m, off_track)
+        self._off_track_seconds += (now - before) * (off_track > 0)
+
+        finished = lap_time > 0
+        end = "finished" if finished else ""
+        if not end and now - self._best_at >= (RACE_STUCK_SECONDS if self._in_race else STUCK_SECONDS):
+            end = "stuck"
+        if not end and not self._in_race and self._progress < self._best - BACKWARDS_METRES:
+            end = "backwards"
+        if not end and not self._in_race and off_track > OFF_TRACK_METRES:
+            end = "off track"
+        terminated = bool(end)
+        truncated = not terminated and now - self._start >= self._limit
+        reward = progress_reward(gain, now - before, finished, terminated and not finished)
+        self._return += reward
+        info = self._final_info(end or "time limit", lap_time) if terminated or truncated else {}
+        return self.observation(), reward, terminated, truncated, info
+
+    def _final_info(self, end, lap_time):
+        finished = end == "finished"
+        return {
+            "lap_time": lap_time + self._handicap if finished else float("nan"),
+            "finished": finished,
+            "progress": 1.0 if finished else self._progress / self._distance,
+            "off_track_m": self._off_track_m,
+            "off_track_seconds": self._off_track_seconds,
+            "seconds": self._world.time - self._start,
+            "return": self._return,
+            "from_line": self._from_line,
+            "end": end,
+        }
+
+    def observation(self):
+        """The stacked pictures, uint8 (3 * frame_stack, height, width)."""
+        return self._frames.reshape(self.observation_space.shape)
+
+    def render(self):
+        return self._frames[-1].transpose(1, 2, 0)
+
+    def close(self):
+        if self._stk is not None:
+            self._unload_race()
+            self._stk.clean()
+            self._stk = None
+            TuxKartEnv._process_is_busy = False
+
+    @property
+    def snapshot(self):
+        """How this environment came here, small enough for a checkpoint; assigning it to another one, whose process is
+        new, drives that to the same place.
+
+        The game cannot be saved, but it replays exactly: the rng, options and actions of every episode since the track
+        was loaded, because the camera's roll, a moving average over hundreds of pictures, outlives a restart; and how
+        often the track was loaded, because the spectators then change their shirts.
+        """
+        return {"loads": self._loads, "episodes": self._history}
+
+    @snapshot.setter
+    def snapshot(self, saved):
+        if self._stk is None:
+            self._boot()
+        super().reset(seed=0)
+        while self._loads < saved["loads"] - 1:
+            self._load_race()
+        self._unload_race()
+        for episode in saved["episodes"]:
+            self.np_random.bit_generator.state = episode["rng"]
+            self.reset(options=episode["options"])
+            for action in episode["actions"]:
+                self.step(action)
+
+    def _drive(self, action):
+        control = self._stk.Action()
+        steer, pedal, drift, nitro = (int(a) for a in action)
+        control.steer, (control.acceleration, control.brake) = STEER[steer], PEDALS[pedal]
+        control.drift, control.nitro = bool(drift), bool(nitro)
+        self._race.config.step_size = self.step_size / self.substeps
+        for substep in range(self.substeps):
+            self._step(control if substep == 0 else None)  # the game makes its own of it from the first tick on
+            if self.on_frame:
+                self.on_frame(self._race.render_data[0].image)
+
+    def _step(self, control):
+        self._set_clock(int(1000 * self._world.time))
+        self._race.step(control) if control and self.driver == "agent" else self._race.step()
+
+    def _hold(self, seconds):
+        """Lets game time pass without touching the controls, in one step and one picture."""
+        self._race.config.step_size = seconds
+        self._step(self._stk.Action())
+
+    def _kart_state(self):
+        """Race clock (s), the kart's location (3,) and its finish time (s, 0 before)."""
+        self._world.update()
+        kart = self._world.karts[0]
+        return self._world.time, np.array(kart.location, np.float64), kart.finish_time
+
+    def _picture(self):
+        """The newest picture, uint8 (3, height, width). A copy: the engine reuses its buffer."""
+        if self.driver == "ai":
+            return np.zeros((3, *self.size[::-1]), np.uint8)
+        return np.ascontiguousarray(np.asarray(self._race.render_data[0].image).transpose(2, 0, 1))
+
+    def _place(self, location, heading):
+        """Puts the kart down at a location, facing `heading`, radians from +z towards +x."""
+        rotation = (0.0, float(np.sin(heading / 2)), 0.0, float(np.cos(heading / 2)))  # x, y, z, w
+        self._stk.WorldState.set_kart_location(0, tuple(float(value) for value in location), rotation, 0.0)
+
+    def _disturb_start(self, location, heading):
+        """Moves the kart aside, turns it and holds it back, by amounts drawn from the seed."""
+        aside, askew = self.np_random.uniform(-2.0, 2.0), np.radians(self.np_random.uniform(-10.0, 10.0))
+        delay = 0.05 * int(self.np_random.integers(5))
+        location = location + aside * np.array([np.cos(heading), 0.0, -np.sin(heading)])
+        self._place(location, heading + askew)
+        self._hold(1 / 120)
+        if self.driver == "ai":  # it would drive off, so its clock gets the delay instead
+            self._handicap = delay
+        elif delay:
+            self._hold(delay)
+
+    def _start_anywhere(self):
+        """Places the kart on a random path node, roughly facing along it, and lets it drop and the camera follow."""
+        for _ in range(5):
+            geometry, node = self.geometry, int(self.np_random.integers(len(self.geometry.starts)))
+            heading = geometry.headings[node] + np.radians(self.np_random.uniform(-20.0, 20.0))
+            aside = self.np_random.uniform(-0.3, 0.3) * geometry.widths[node]
+            right = np.array([np.cos(geometry.headings[node]), 0.0, -np.sin(geometry.headings[node])])
+            middle = geometry.starts[node] + geometry.vectors[node] / 2
+            self._place(middle + aside * right + [0.0, 0.5, 0.0], heading)
+            self._hold(0.3)
+            if abs(self._kart_state()[1][1] - middle[1]) < 2.0:  # else it fell through a gap in the road
+                return
+
+
+def progress_reward(gain, seconds, finished, failed):
+    """Reward of a step that gained `gain` metres in `seconds`.
+
+    The sum of the gains over a lap is the same for every lap, so of two finished laps the faster one earns more.
+    """
+    return 0.1 * gain - 0.5 * seconds + 10.0 * finished - 3.0 * failed
+
+
+class PictureEnv(TuxKartEnv):
+    """TuxKartEnv with what tuxkart-ai's networks see, and its moving finish.
+
+    Observation: uint8 (C, height, width); with color "gray" one channel a picture (ITU-R BT.601), and with
+    `info_picture` one more in front: four bands of rows, from the top nitro, place in the race, powerup, attachment
+    (pystk does not tell the nitro: black). `finish_line` is the share of the race after which an episode from the start
+    line ends as finished ones do, with `info["end"]` "finish line". Evaluation races go to the real finish.
+    """
+
+    def __init__(self, color="rgb", info_picture=False, **settings):
+        super().__init__(**settings)
+        self.color, self.info_picture, self.finish_line = color, info_picture, 1.0
+        channels = self.frame_stack * (3 if color == "rgb" else 1) + info_picture
+        self.observation_space = gym.spaces.Box(0, 255, (channels, *self.size[::-1]), np.uint8)
+
+    def observation(self):
+        if self.color == "rgb":
+            return super().observation()
+        pictures = np.einsum("kchw,c->khw", self._frames, [0.299, 0.587, 0.114]).round().astype(np.uint8)
+        return np.concatenate([self._info_picture()[None], pictures]) if self.info_picture else pictures
+
+    def _info_picture(self):
+        karts = self._world.karts
+        place = sum(kart.overall_distance > karts[0].overall_distance for kart in karts) / len(karts)
+        powerup, attachment = (getattr(karts[0], name).type for name in ("powerup", "attachment"))
+        shares = [getattr(karts[0], "energy", 0.0) / 20, place, powerup.value / 10]  # a tank holds 20
+        shares.append(0.0 if attachment.name == "NOTHING" else (attachment.value + 1) / 10)
+        width, height = self.size
+        bands = np.repeat(shares, [len(rows) for rows in np.array_split(np.arange(height), 4)])
+        return np.repeat((255 * bands).round().astype(np.uint8)[:, None], width, 1)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        reached = self._from_line and not self._in_race and self._progress >= self.finish_line * self._distance
+        if reached and not terminated and self.finish_line < 1:
+            bonus = progress_reward(0.0, 0.0, True, False)
+            self._return += bonus
+            return observation, reward + bonus, True, False, self._final_info("finish line", 0.0)
+        return observation, reward, terminated, truncated, info
+
+
+if "TuxKart-v0" not in gym.registry:
+    gym.register("TuxKart-v0", entry_point=TuxKartEnv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network and PPO
+
+
+def orthogonal(layer, gain):
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def initialized(module, gain=1.0):
+    """A module whose convolutions are orthogonal with zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            nn.init.orthogonal_(layer.weight, gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+class Residual2d(nn.Module):
+    """tuxkart-ai's 2D residual: two convolutions, the second undoing the first one's extra row; no activation after."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 4, stride=1, padding=2),
+            nn.Tanh(),
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, 4, stride=1, padding=1),
+            nn.Tanh(),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def conv2d_network(shape, channels, frames):
+    """tuxkart-ai's 2D network. shape: (C, H, W). Returns trunk and a function that makes a head of n outputs."""
+    trunk = nn.Sequential(
+        nn.Conv2d(shape[0], channels, 10, stride=4, padding=1),
+        nn.Tanh(),
+        nn.BatchNorm2d(channels),
+        Residual2d(channels),
+        nn.Conv2d(channels, channels, 4, stride=2, padding=1),
+        nn.Tanh(),
+        nn.BatchNorm2d(channels),
+        Residual2d(channels),
+    )
+    size = output_shape(trunk, shape)[1:].numel()
+
+    def head(outputs, gain):
+        layers = [nn.Conv2d(channels, 1, 3, padding=1), nn.Tanh(), nn.Flatten()]
+        return initialized(nn.Sequential(*layers, orthogonal(nn.Linear(size, outputs), gain)))
+
+    return initialized(trunk), head
+
+
+class ConvBlock3d(nn.Module):
+    """BN(ReLU(conv x))."""
+
+    def __init__(self, inputs, outputs, stride=1, padding=1):
+        super().__init__()
+        self.conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=padding)
+        self.norm = nn.BatchNorm3d(outputs)
+
+    def forward(self, x):
+        return self.norm(F.relu(self.conv(x)))
+
+
+class ResBlock3d(nn.Module):
+    """BN(ReLU(conv(BN(ReLU(conv x)))) + x)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm3d(channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm3d(channels)
+
+    def forward(self, x):
+        return self.norm2(F.relu(self.conv2(self.norm1(F.relu(self.conv1(x))))) + x)
+
+
+class Volume(nn.Module):
+    """(B, C T, H, W), the oldest picture first, as (B, C, T, H, W)."""
+
+    def __init__(self, frames):
+        super().__init__()
+        self.frames = frames
+
+    def forward(self, x):
+        return x.unflatten(1, (self.frames, -1)).transpose(1, 2)
+
+
+def resnet3d_network(shape, channels, frames):
+    """tuxkart-ai's 3D ResNet. shape: (C T, H, W). Returns trunk and a function that makes a head of n outputs."""
+    trunk = nn.Sequential(
+        Volume(frames),
+        ConvBlock3d(shape[0] // frames, channels, stride=2),
+        *(ResBlock3d(channels) for _ in range(5)),
+        ConvBlock3d(channels, channels, stride=3, padding=0),
+        *(ResBlock3d(channels) for _ in range(5)),
+    )
+    size = output_shape(trunk, shape)[1:].numel()
+
+    def head(outputs, gain):
+        middle = max(channels // 4, 1)
+        blocks = [ConvBlock3d(channels, middle), nn.ReLU(), ConvBlock3d(middle, 1)]  # the actor's
+        if outputs == 1:  # the critic's
+            blocks = [ConvBlock3d(channels, 1), nn.ReLU()]
+        return initialized(nn.Sequential(*blocks, nn.Flatten(), orthogonal(nn.Linear(size, outputs), gain)))
+
+    return initialized(trunk), head
+
+
+class Residual(nn.Module):
+    """IMPALA's residual: two convolutions, each after a ReLU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def impala_network(shape, channels, frames):
+    """IMPALA's 15 layers (figure 3, right). shape: (C, H, W). Returns trunk and a function that makes a head."""
+    layers, inputs = [], shape[0]
+    for outputs in (channels, 2 * channels, 2 * channels):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+        layers += [Residual(outputs), Residual(outputs)]
+        inputs = outputs
+    trunk = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+    size = output_shape(trunk, shape).numel()
+    trunk.extend([orthogonal(nn.Linear(size, HIDDEN), 2**0.5), nn.ReLU()])
+    return trunk, lambda outputs, gain: orthogonal(nn.Linear(HIDDEN, outputs), gain)
+
+
+def ec418_network(shape, channels, frames):
+    """EC418's actor and critic: two networks that share nothing. shape: (C, H, W). Returns trunk and head."""
+
+    def head(outputs, gain):
+        layers = [nn.BatchNorm2d(shape[0]), nn.Conv2d(shape[0], channels, 8, stride=4), nn.ReLU()]
+        layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2), nn.ReLU()]
+        layers += [nn.Conv2d(2 * channels, 2 * channels, 3, stride=1), nn.ReLU(), nn.Flatten()]
+        convolutions = initialized(nn.Sequential(*layers), 2**0.5)
+        size = output_shape(convolutions, shape).numel()
+        hidden = orthogonal(nn.Linear(size, 512), 2**0.5)
+        return convolutions.extend([hidden, nn.ReLU(), orthogonal(nn.Linear(512, outputs), gain)])
+
+    return nn.Identity(), head
+
+
+NETWORKS = {"impala": impala_network, "conv2d": conv2d_network, "resnet3d": resnet3d_network, "ec418": ec418_network}
+HIDDEN = 256  # features of impala, and its LSTM's units
+
+
+def output_shape(module, shape):
+    """Shape of a module's output for one input of a shape, without the batch's dimension."""
+    training = module.training
+    with torch.no_grad():
+        shape = module.eval()(torch.zeros(1, *shape)).shape[1:]
+    module.train(training)
+    return shape
+
+
+class Agent(nn.Module):
+    """A network by name, with a policy head and a value head.
+
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block per action dimension, values (B,) and state.
+    With an LSTM the B rows are T decisions of N environments, the first N rows the earliest; state is (N, 2 HIDDEN),
+    and `starts` (B,) says which rows begin an episode. Without one state is (N, 0) and comes back as it went in.
+    Batch normalization uses its running statistics while sampling and while learning, so that both see the same
+    network; `refresh_batch_norm` moves them between updates.
+    """
+
+    def __init__(self, observation_shape, nvec, name, base_channels, frame_stack, memory):
+        super().__init__()
+        self.nvec, self.amp = [int(n) for n in nvec], None
+        self.trunk, head = NETWORKS[name](observation_shape, base_channels, frame_stack)
+        self.lstm = nn.LSTMCell(HIDDEN, HIDDEN) if memory == "lstm" else None
+        self.policy, self.value = head(sum(self.nvec), 0.01), head(1, 1.0)
+        self.format = torch.contiguous_format if name == "resnet3d" else torch.channels_last
+        self.to(memory_format=self.format)
+        self.eval()
+
+    @property
+    def state_size(self):
+        return 2 * HIDDEN if self.lstm else 0
+
+    def forward(self, obs, state, starts):
+        pictures = obs.float().div_(255.0).contiguous(memory_format=self.format)
+        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.amp or torch.bfloat16, enabled=self.amp is not None):
+            features = self.trunk(pictures)
+            if self.lstm is not None:
+                outputs = []
+                for step, start in zip(features.split(len(state)), starts.split(len(state)), strict=True):
+                    hidden, cell = self.lstm(step, (state * ~start[:, None]).chunk(2, -1))
+                    state = torch.cat([hidden, cell], -1).float()
+                    outputs.append(hidden)
+                features = torch.cat(outputs)
+            logits, values = self.policy(features), self.value(features)
+        return logits.float(), values.float().squeeze(-1), state
+
+
+@torch.no_grad()
+def refresh_batch_norm(agent, obs, momentum):
+    """Moves every batch normalization's running statistics towards those of some pictures, (B, C, H, W)."""
+    norms = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+    for norm in norms:
+        norm.train().momentum = momentum
+    if norms:
+        agent(obs, torch.zeros(len(obs), agent.state_size, device=obs.device), None)
+    agent.eval()
+
+
+def evaluate_actions(logits, actions, nvec):
+    """Log-probability and entropy of independent categorical action dimensions.
+
+    logits: (B, sum(nvec)); actions: (B, len(nvec)). Returns (B,), (B,).
+    """
+    logprobs, entropies = [], []
+    for block, action in zip(logits.split(nvec, -1), actions.unbind(-1), strict=True):
+        block = block.log_softmax(-1)
+        logprobs.append(block.gather(-1, action[:, None]).squeeze(-1))
+        entropies.append(-(block.exp() * block).sum(-1))
+    return torch.stack(logprobs).sum(0), torch.stack(entropies).sum(0)
+
+
+def choose_actions(logits, nvec, greedy=False, generator=None):
+    """Most probable actions, or sampled ones (Gumbel-max). logits: (B, sum(nvec)) -> int64 (B, len(nvec))."""
+    if not greedy:
+        logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+    return torch.stack([block.argmax(-1) for block in logits.split(nvec, -1)], -1)
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), cut at every episode's end.
+
+    rewards, values, next_values, terminations, dones: (T, N). `next_values[t]` is V of the observation that step t led
+    to, so a truncated episode bootstraps from its own last picture and never from the next start.
+    Returns advantages, (T, N).
+    """
+    deltas = rewards + gamma * next_values * ~terminations - values
+    advantages = torch.empty_like(rewards)
+    running = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        running = deltas[t] + gamma * gae_lambda * running * ~dones[t]
+        advantages[t] = running
+    return advantages
+
+
+def ppo_loss(agent, batch, coefs, totals):
+    """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of a minibatch, or of a piece of one.
+
+    batch: obs (B, C, H, W), state (N, S), starts (B,), actions (B, A), logprobs, values, advantages (normalized),
+    returns, own (B,): whether the policy chose the action; random bursts teach the value only. `totals`: rows and own
+    rows of the whole minibatch, so that the losses of its pieces add up to its own. `coefs`: Args. Returns the loss and
+    a dict of detached scalars that add up likewise. KL: (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
+    """
+    rows, own_rows = totals
+    own = batch["own"].float() / own_rows
+    logits, values, _ = agent(batch["obs"], batch["state"], batch["starts"])
+    logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec)
+    logratio = logprobs - batch["logprobs"]
+    ratio, advantages, clip = logratio.exp(), batch["advantages"], coefs.clip_coef
+    policy_loss = (own * torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))).sum()
+    value_error = (values - batch["returns"]) ** 2
+    if coefs.clip_vloss:
+        clipped = batch["values"] + (values - batch["values"]).clamp(-clip, clip)
+        value_error = torch.max(value_error, (clipped - batch["returns"]) ** 2)
+    value_loss = 0.5 * value_error.sum() / rows
+    entropy = (own * entropy).sum()
+    loss = policy_loss - coefs.ent_coef * entropy + coefs.vf_coef * value_loss
+    scalars = {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": (own * ((ratio - 1) - logratio)).sum(),
+        "losses/clipfrac": (own * ((ratio - 1).abs() > clip)).sum(),
+        "losses/ratio_error": ((ratio - 1).abs() * (own > 0)).max(),
+    }
+    if coefs.augment == "shift":  # as DrAC does (Raileanu et al. 2021, https://arxiv.org/abs/2006.12862)
+        shifted_logits, shifted_values, _ = agent(random_shift(batch["obs"]), batch["state"], batch["starts"])
+        divergence = sum(
+            F.kl_div(there.log_softmax(-1), here.detach().log_softmax(-1), reduction="sum", log_target=True)
+            for here, there in zip(logits.split(agent.nvec, -1), shifted_logits.split(agent.nvec, -1), strict=True)
+        )
+        augment_loss = (divergence + ((shifted_values - values.detach()) ** 2).sum()) / rows
+        loss = loss + coefs.augment_coef * augment_loss
+        scalars["losses/augment_loss"] = augment_loss
+    return loss, {key: value.detach() for key, value in scalars.items()}
+
+
+def random_shift(obs, pad=4):
+    """Every picture of a batch (B, C, H, W), moved by up to `pad` pixels, its edges repeated (Yarats et al. 2021)."""
+    height, width = obs.shape[-2:]
+    padded = F.pad(obs.float(), (pad,) * 4, mode="replicate").to(obs.dtype)
+    down, right = torch.randint(0, 2 * pad + 1, (2, len(obs), 1, 1), device=obs.device)
+    rows = (down + torch.arange(height, device=obs.device)[:, None]).expand(-1, -1, width)
+    columns = (right + torch.arange(width, device=obs.device)).expand(-1, height, -1)
+    index = (rows * padded.shape[-1] + columns)[:, None].expand(-1, obs.shape[1], -1, -1)
+    return padded.flatten(2).gather(2, index.flatten(2)).view_as(obs)
+
+
+def pick(batch, rows):
+    """Some rows of a batch (T, N, ...), flat. rows: indices into T N decisions, with an LSTM into N environments."""
+    if batch["state"].shape[-1]:
+        chosen = {key: value[:, rows].flatten(0, 1) for key, value in batch.items() if key != "state"}
+        return chosen | {"state": batch["state"][rows]}
+    chosen = {key: value.flatten(0, 1)[rows] for key, value in batch.items() if key != "state"}
+    return chosen | {"state": batch["state"].new_zeros(len(rows), 0)}
+
+
+def ppo_update(agent, optimizer, scaler, batch, args):
+    """All passes over one iteration's data; batch: (T, N, ...) each, as in `ppo_loss`, and state (N, S).
+
+    Returns the scalars of `ppo_loss` averaged over the minibatches (ratio_error: of the first, where it shows how far
+    sampling and learning disagree about the same network), and explained_variance.
+    """
+    units = batch["returns"].shape[1] if agent.state_size else batch["returns"].numel()
+    history, stop = [], False
+    for _ in range(args.epochs):
+        for rows in torch.randperm(units).to(batch["returns"].device).split(units // args.num_minibatches):
+            whole = pick({key: batch[key] for key in ("advantages", "own", "returns", "state")}, rows)
+            own = whole["advantages"][whole["own"]]
+            mean, deviation = own.mean(), own.std() + 1e-8
+            optimizer.zero_grad()
+            sums = {}
+            for piece_rows in rows.tensor_split(args.grad_accum):
+                piece = pick(batch, piece_rows)
+                piece["advantages"] = (piece["advantages"] - mean) / deviation
+                loss, scalars = ppo_loss(agent, piece, args, (len(whole["returns"]), len(own)))
+                scaler.scale(loss).backward()
+                for key, value in scalars.items():
+                    together = torch.maximum if key == "losses/ratio_error" else torch.add
+                    sums[key] = together(sums[key], value) if key in sums else value
+            history.append(sums)
+            stop = args.target_kl is not None and sums["losses/approx_kl"] > args.target_kl
+            if stop:
+                break
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+        if stop:
+            break
+    metrics = {key: torch.stack([sums[key] for sums in history]).mean().item() for key in history[0]}
+    metrics["losses/ratio_error"] = history[0]["losses/ratio_error"].item()
+    residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
+    metrics["losses/explained_variance"] = 1 - residual.item()
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+RELOAD_INTERVAL = 32  # iterations after which the games start afresh: a resumed run replays no more than that
+
+
+class Sampler:
+    """Plays `num_steps` decisions in every environment, in two groups: while the network looks at the pictures of one,
+    the games of the other go on."""
+
+    def __init__(self, args, device, state_size):
+        halves = np.array_split(np.arange(args.num_envs), min(2, args.num_envs))
+        envs = [make_env(args, args.track[i % len(args.track)], args.random_start) for i in range(args.num_envs)]
+        self.columns = [slice(int(half[0]), int(half[-1]) + 1) for half in halves]
+        self.groups = [
+            gym.vector.AsyncVectorEnv(envs[c], copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+            for c in self.columns
+        ]
+        space, actions = self.groups[0].single_observation_space, self.groups[0].single_action_space
+        shape = (args.num_steps, args.num_envs)
+        self.obs = torch.zeros(shape + space.shape, dtype=torch.uint8, device=device)  # (T, N, C, H, W)
+        self.actions = torch.zeros((*shape, len(actions.nvec)), dtype=torch.int64, device=device)
+        self.logits = torch.zeros((*shape, int(actions.nvec.sum())), device=device)
+        self.values, self.next_values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.rewards = np.zeros(shape, np.float32)
+        self.terminations, self.dones = np.zeros(shape, bool), np.zeros(shape, bool)
+        self.own = torch.ones(shape, dtype=torch.bool, device=device)  # whether the policy chose the action
+        self.starts = torch.ones(shape, dtype=torch.bool, device=device)  # whether the observation begins an episode
+        self.state = torch.zeros(args.num_envs, state_size, device=device)  # the LSTM's, now
+        self.first_state = self.state.clone()  # and where this iteration began
+        self.next_starts = torch.ones(args.num_envs, dtype=torch.bool, device=device)
+        self.burst = torch.zeros(args.num_envs, dtype=torch.int64, device=device)  # random decisions still to come
+        self.burst_prob, self.burst_steps, self.finish_line = args.random_action_prob, args.random_action_steps, 1.0
+        self.next_obs = [None] * len(self.groups)
+
+    def reset(self, seed):
+        """Loads the track and starts an episode in every environment; environment i is seeded with seed + i."""
+        for group, columns in zip(self.groups, self.columns, strict=True):
+            group.reset_async(seed=list(range(seed + columns.start, seed + columns.stop)))
+        self.next_obs = [group.reset_wait()[0] for group in self.groups]
+        self.next_starts.fill_(True)
+
+    def move_finish(self, share):
+        """Sets the finish line of every environment, as a share of the race."""
+        self.finish_line = share
+        for group in self.groups:
+            group.set_attr("finish_line", share)
+
+    def snapshots(self):
+        """The running episode of every environment, to be stored in a checkpoint."""
+        return [snapshot for group in self.groups for snapshot in group.get_attr("snapshot")]
+
+    def memory(self):
+        """What else a checkpoint needs to go on."""
+        tensors = {"state": self.state, "starts": self.next_starts, "burst": self.burst}
+        return {key: value.cpu() for key, value in tensors.items()} | {"finish_line": self.finish_line}
+
+    def restore(self, snapshots, memory):
+        """Drives every environment to where its snapshot was taken."""
+        self.state.copy_(memory["state"])
+        self.next_starts.copy_(memory["starts"])
+        self.burst.copy_(memory["burst"])
+        self.move_finish(memory["finish_line"])
+        for group, columns in zip(self.groups, self.columns, strict=True):
+            group.set_attr("snapshot", snapshots[columns])
+        self.next_obs = [np.stack(group.call("observation")) for group in self.groups]
+
+    @torch.no_grad()
+    def collect(self, agent):
+        """Fills the storage. Returns the final infos of the episodes that ended, oldest first."""
+        device, episodes, last_pictures = self.obs.device, [], []
+        self.first_state.copy_(self.state)
+        for t in range(len(self.obs)):
+            for g, columns in enumerate(self.columns):
+                if t > 0:
+                    self._receive(t - 1, g, episodes, last_pictures)
+                self.obs[t, columns] = torch.from_numpy(self.next_obs[g]).to(device)
+                self.starts[t, columns] = starts = self.next_starts[columns]
+                logits, self.values[t, columns], self.state[columns] = agent(
+                    self.obs[t, columns], self.state[columns], starts
+                )
+                self.logits[t, columns], actions = logits, choose_actions(logits, agent.nvec)
+                if self.burst_prob:
+                    actions = self._interfere(t, columns, actions, agent.nvec)
+                self.actions[t, columns] = actions
+                self.groups[g].step_async(actions.cpu().numpy())
+        for g in range(len(self.groups)):
+            self._receive(len(self.obs) - 1, g, episodes, last_pictures)
+
+        self.next_values[:-1] = self.values[1:]
+        for g, columns in enumerate(self.columns):
+            obs = torch.from_numpy(self.next_obs[g]).to(device)
+            self.next_values[-1, columns] = agent(obs, self.state[columns], self.next_starts[columns])[1]
+        for t, env, picture, state in last_pictures:
+            obs, goes_on = torch.from_numpy(picture)[None].to(device), torch.zeros(1, dtype=torch.bool, device=device)
+            self.next_values[t, env] = agent(obs, state, goes_on)[1][0]
+        return episodes
+
+    def _interfere(self, t, columns, actions, nvec):
+        """Begins, goes on with and ends bursts of random actions. actions: (n, A)."""
+        burst, device = self.burst[columns], actions.device
+        begins = (burst == 0) & (torch.rand(len(burst), device=device) < self.burst_prob)
+        burst = torch.where(begins, self.burst_steps, burst)
+        wild = (torch.rand(actions.shape, device=device) * torch.tensor(nvec, device=device)).long()
+        self.own[t, columns] = burst == 0
+        self.burst[columns] = (burst - 1).clamp(min=0)
+        return torch.where((burst > 0)[:, None], wild, actions)
+
+    def _receive(self, t, g, episodes, last_pictures):
+        """Waits for the step t of group g. A truncated episode's last picture is kept for its bootstrap value."""
+        columns = self.columns[g]
+        self.next_obs[g], rewards, terminations, truncations, infos = self.groups[g].step_wait()
+        self.rewards[t, columns], self.terminations[t, columns] = rewards, terminations
+        self.dones[t, columns] = terminations | truncations
+        self.next_starts[columns] = torch.from_numpy(self.dones[t, columns]).to(self.obs.device)
+        for i in np.flatnonzero(terminations | truncations):
+            episodes.append({key: infos["final_info"][key][i] for key in infos["final_info"] if key[0] != "_"})
+            if truncations[i]:
+                env = columns.start + int(i)
+                last_pictures.append((t, env, infos["final_obs"][i], self.state[env : env + 1].clone()))
+
+    def batch(self, nvec, gamma, gae_lambda):
+        """The storage as the batch of `ppo_update`."""
+        rewards, terminations, dones = (
+            torch.from_numpy(a).to(self.obs.device) for a in (self.rewards, self.terminations, self.dones)
+        )
+        advantages = compute_gae(rewards, self.values, self.next_values, terminations, dones, gamma, gae_lambda)
+        tensors = {"obs": self.obs, "actions": self.actions, "logits": self.logits, "values": self.values}
+        tensors |= {"advantages": advantages, "returns": advantages + self.values}
+        logprobs = evaluate_actions(tensors.pop("logits").flatten(0, 1), self.actions.flatten(0, 1), nvec)[0]
+        tensors |= {"logprobs": logprobs.view_as(self.values), "own": self.own, "starts": self.starts}
+        return tensors | {"state": self.first_state}
+
+    def close(self):
+        for group in self.groups:
+            group.close(terminate=True)
+
+
+def make_env(args, track, random_start=0.0, driver="agent"):
+    """A function without arguments that makes one environment, for AsyncVectorEnv."""
+    names = ("engine", "width", "height", "frame_stack", "step_size", "max_seconds", *RACE_SETTINGS)
+    settings = {name: getattr(args, name) for name in names} | {"info_picture": args.network == "conv2d"}
+    return lambda: PictureEnv(args.color, track=track, random_start=random_start, driver=driver, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def race_envs(args, track, driver="agent"):
+    """Game processes for evaluation races, a few more than there are cores."""
+    count = min(args.eval_episodes, 2 * (os.cpu_count() or 1))
+    envs = [make_env(args, track, driver=driver)] * count
+    return gym.vector.AsyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+def run_races(envs, policy, seeds, keep_frames=0, color="rgb"):
+    """Drives one evaluation race per seed. policy: pictures (K, C, H, W), starts (K,) -> actions (K, A).
+
+    Returns a list of dicts in the order of the seeds: the env's final info, the seed, the snapshot that replays the
+    race, and the newest picture of every decision, uint8 (T, H, W, 3), for the first `keep_frames` races.
+    """
+    waiting, results = deque(seeds), {}
+    racing = [None] * envs.num_envs  # the seed that each environment races
+    frames = {seed: [] for seed in list(seeds)[:keep_frames]}
+
+    def start(mask):
+        for i in np.flatnonzero(mask):
+            racing[i] = waiting.popleft()
+        own = [seed if mask[i] else None for i, seed in enumerate(racing)]
+        return envs.reset(seed=own, options={"race": True, "reset_mask": mask})[0]
+
+    starts = np.arange(envs.num_envs) < len(seeds)
+    obs = start(starts)
+    while len(results) < len(seeds):
+        for i, seed in enumerate(racing):
+            if seed in frames:
+                newest = obs[i, -3:] if color == "rgb" else obs[i, -1:].repeat(3, 0)
+                frames[seed].append(newest.transpose(1, 2, 0).copy())
+        obs, _, terminations, truncations, infos = envs.step(policy(obs, starts))
+        starts = np.zeros(envs.num_envs, bool)
+        done = (terminations | truncations) & [seed is not None for seed in racing]
+        if done.any():
+            snapshots = envs.get_attr("snapshot")
+            for i in np.flatnonzero(done):
+                race = {key: infos[key][i] for key in infos if key[0] != "_"}
+                results[racing[i]] = race | {"seed": racing[i], "snapshot": snapshots[i]}
+                racing[i] = None
+            starts = done & (np.cumsum(done) <= len(waiting))
+            if starts.any():
+                obs = start(starts)
+    return [results[seed] | {"frames": frames.get(seed)} for seed in seeds]
+
+
+def network_policy(agent, device, greedy, seed=0):
+    """The agent as a policy for `run_races`; it leaves the global random state alone."""
+    generator, state = torch.Generator(device).manual_seed(seed), None
+
+    @torch.no_grad()
+    def policy(obs, starts):
+        nonlocal state
+        state = torch.zeros(len(obs), agent.state_size, device=device) if state is None else state
+        logits, _, state = agent(torch.from_numpy(obs).to(device), state, torch.from_numpy(starts).to(device))
+        return choose_actions(logits, agent.nvec, greedy, generator).cpu().numpy()
+
+    return policy
+
+
+def summarize(races):
+    """Figures of a set of races, for evaluation.json and the logs."""
+    laps = [float(race["lap_time"]) for race in races if race["finished"]]
+    return {
+        "races": len(races),
+        "finished": len(laps),
+        "lap_times": laps,
+        "median": float(np.median(laps)) if laps else None,
+        "best": min(laps) if laps else None,
+        "progress": float(np.mean([race["progress"] for race in races])),
+        "off_track_seconds": float(np.mean([race["off_track_seconds"] for race in races])),
+    }
+
+
+def score(summary):
+    """What makes a checkpoint the best: finish rate, then lap time. A larger tuple is better."""
+    return summary["finished"] / summary["races"], -(summary["median"] or float("inf")), summary["progress"]
+
+
+def film_race(args, track, snapshot, path, width=640, height=480):
+    """Replays one race at a size a person wants to look at and writes it as mp4, 20 pictures a second of game time."""
+    import imageio.v2
+
+    env = make_env(dataclasses.replace(args, width=width, height=height, frame_stack=1), track)()
+    env.substeps = max(1, round(args.step_size / 0.05))
+    with imageio.v2.get_writer(path, fps=env.substeps / args.step_size, macro_block_size=2) as video:
+        env.on_frame = lambda image: video.append_data(np.array(image))
+        env.snapshot = snapshot
+    env.close()
+
+
+def write_mosaic(races, path, fps):
+    """Up to 16 races side by side as mp4; a finished race stands still on its last picture."""
+    import imageio.v2
+
+    clips = [np.stack(race["frames"]) for race in races[:16]]
+    length, columns = max(map(len, clips)), int(np.ceil(len(clips) ** 0.5))
+    clips += [np.zeros_like(clips[0][:1])] * (-len(clips) % columns)
+    clips = [np.concatenate([clip, clip[-1:].repeat(length - len(clip), 0)]) for clip in clips]
+    clips = [clip.repeat(2, 1).repeat(2, 2) for clip in clips]
+    rows = [np.concatenate(clips[i : i + columns], 2) for i in range(0, len(clips), columns)]
+    imageio.v2.mimwrite(path, list(np.concatenate(rows, 1)), fps=fps, macro_block_size=2)
+
+
+def evaluate(args, checkpoint):
+    """Races a checkpoint, greedy and sampled, beside the game's AI; writes evaluation.json and two films."""
+    started, device, here, track = time.time(), pick_device(args.device), describe_setting(args), args.track[0]
+    agent = make_agent(args, here, device)
+    load_weights(agent, checkpoint, args.evaluate)
+    note_differences(checkpoint["made_on"], here)
+    torch.set_num_threads(1)
+
+    seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
+    drivers = {
+        "greedy": ("agent", network_policy(agent, device, greedy=True), 16),
+        "sampled": ("agent", network_policy(agent, device, greedy=False, seed=args.eval_seed), 0),
+        "ai": ("ai", lambda obs, starts: np.zeros((len(obs), 4), np.int64), 0),
+    }
+    races = {}
+    for name, (driver, policy, keep_frames) in drivers.items():
+        envs = race_envs(args, track, driver)
+        try:
+            races[name] = run_races(envs, policy, seeds, keep_frames, args.color)
+        finally:
+            envs.close(terminate=True)
+
+    result = here | {"checkpoint": str(args.evaluate), "iteration": checkpoint["iteration"], "seeds": seeds}
+    result |= {name: summarize(races[name]) for name in drivers}
+    result |= {key: result["greedy"][key] for key in ("finished", "lap_times", "median", "off_track_seconds")}
+    result |= {"ai_lap_times": result["ai"]["lap_times"], "ai_median": result["ai"]["median"]}
+    result["ratio"] = result["median"] / result["ai_median"] if result["median"] and result["ai_median"] else None
+    folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    print(f"{track}, {len(seeds)} races, {here['engine']} {here['engine_version']}, assets {here['assets']}")
+    print(f"{'':10}{'finished':>10}{'median':>10}{'best':>10}{'off track':>12}")
+    for name in drivers:
+        row = result[name]
+        times = [f"{row[key]:.2f} s" if row[key] else "-" for key in ("median", "best")]
+        done = f"{row['finished']}/{row['races']}"
+        print(f"{name:10}{done:>10}{times[0]:>10}{times[1]:>10}{row['off_track_seconds']:>10.2f} s")
+    if result["ratio"]:
+        print(f"the agent's median is {result['ratio']:.3f} of the AI's")
+    write_mosaic(races["greedy"], folder / "mosaic.mp4", 1 / args.step_size)
+    best = min(races["greedy"], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
+    film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], folder / "best_race.mp4"))
+    film.start()
+    film.join()
+    print(f"written to {folder}/: evaluation.json, best_race.mp4, mosaic.mp4 ({time.time() - started:.0f} s)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save and load
+
+
+def save_atomically(contents, path):
+    """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
+    temporary, held = path.with_suffix(".tmp"), []
+    on_interrupt = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # torch.save would break
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+    if held and callable(on_interrupt):
+        on_interrupt(*held[0])
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict of tensors and plain values; nothing in the file is executed. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"args", "made_on", "agent", "iteration"} - checkpoint.keys()
+    except Exception as error:
+        raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
+    known = {field.name for field in dataclasses.fields(Args)}
+    if missing or not checkpoint["args"].keys() <= known:
+        raise UsageError(f"{path} is a checkpoint of another script or version: type another path.")
+    return checkpoint
+
+
+def load_weights(agent, checkpoint, path):
+    """Puts a checkpoint's weights into the network. Raises UsageError where they do not fit."""
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        sees = "type the --network, --width, --height and --frame-stack that it learnt with, or another path"
+        raise UsageError(f"{path} holds another network than this run's: {sees}.") from error
+
+
+def describe_setting(args):
+    """What a checkpoint is made on, as plain values."""
+    engine = find_engine(args.engine)
+    setting = {"engine": engine, "engine_version": engine_version(engine), "assets": find_assets(engine)[1]}
+    setting |= {"track": list(args.track), "actions": [len(STEER), len(PEDALS), 2, 2]}
+    channels = args.frame_stack * (3 if args.color == "rgb" else 1) + (args.network == "conv2d")
+    setting |= {"observation": [channels, args.height, args.width], "step_size": args.step_size}
+    setting |= {key: getattr(args, key) for key in ("network", "base_channels", "frame_stack", "memory", "color")}
+    return setting | {key: getattr(args, key) for key in RACE_SETTINGS}
+
+
+def make_agent(args, setting, device):
+    """The network of some Args, on its device."""
+    shape = (args.base_channels, args.frame_stack, args.memory)
+    agent = Agent(setting["observation"], setting["actions"], args.network, *shape).to(device)
+    agent.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    if args.compile:
+        agent.compile()
+    return agent
+
+
+def memory_needs(args, setting):
+    """Bytes of the rollout's storage, of one minibatch's activations and gradients, and of weights and Adam."""
+    decisions, picture = args.num_envs * args.num_steps, int(np.prod(setting["observation"]))
+    with torch.device("meta"):
+        agent = Agent(setting["observation"], setting["actions"], args.network, args.base_channels, args.frame_stack,
+                      args.memory)  # fmt: skip
+        outputs = []
+        for module in agent.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda module, inputs, output: outputs.append(
+                    sum(tensor.numel() for tensor in output) if isinstance(output, tuple) else output.numel()
+                ))  # fmt: skip
+        rows = -(-decisions // args.num_minibatches // args.grad_accum)
+        envs = max(args.num_envs // args.num_minibatches // args.grad_accum, 1) if args.memory == "lstm" else rows
+        obs = torch.zeros(rows, *setting["observation"], dtype=torch.uint8)
+        agent(obs, torch.zeros(envs, agent.state_size), torch.zeros(rows, dtype=torch.bool))
+    weights = sum(parameter.numel() for parameter in agent.parameters())
+    return decisions * picture, 8 * sum(outputs) + 4 * rows * picture, 16 * weights
+
+
+def note_differences(made_on, here):
+    """Says where a checkpoint is used on something else than it was made on."""
+    for key, value in made_on.items():
+        if here[key] != value:
+            print(f"note: this checkpoint learnt with {key} {value} and now meets {here[key]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+class Logger:
+    """The same scalars to TensorBoard and to metrics.jsonl, which a resumed run cuts back to its checkpoint."""
+
+    def __init__(self, folder, args, iteration):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", buffering=1)
+        self.board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+        rows = [f"|{field.name}|{getattr(args, field.name)}|" for field in dataclasses.fields(args)]
+        self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
+
+    def write(self, iteration, step, scalars):
+        for key, value in scalars.items():
+            self.board.add_scalar(key, value, step)
+        self.file.write(json.dumps({"iteration": iteration, "global_step": step} | scalars) + "\n")
+
+    def film(self, tag, frames, fps, step):
+        """A small moving picture for TensorBoard's image page; frames: uint8 (T, H, W, 3)."""
+        import imageio.v3
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        gif = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=1000 / fps, loop=0)
+        height, width = frames[0].shape[:2]
+        image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
+        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def close(self):
+        self.file.close()
+        self.board.close()
+
+
+def train(args, checkpoint=None):
+    """Learns, from the start or from a run's last checkpoint; writes runs/<name>/."""
+    from tqdm import tqdm
+
+    device, made_on = pick_device(args.device), describe_setting(args)
+    storage, minibatch, weights = (size / 2**20 for size in memory_needs(args, made_on))
+    print(f"memory: rollout {storage:.0f} MB, a minibatch about {minibatch:.0f} MB, weights and Adam {weights:.0f} MB")
+    torch.manual_seed(args.seed)
+    agent = make_agent(args, made_on, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    iteration, elapsed, best, recent, logger = 0, 0.0, None, deque(maxlen=100), None
+    reached = deque(maxlen=32)  # whether the last episodes from the start line came to the finish line, where it stands
+    if checkpoint:
+        folder = args.resume
+        note_differences(checkpoint["made_on"], made_on)
+        load_weights(agent, checkpoint, folder)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        iteration, elapsed, best = checkpoint["iteration"], checkpoint["elapsed"], checkpoint["best"]
+        recent.extend(checkpoint["recent"])
+        reached.extend(checkpoint["reached"])
+    else:
+        if args.init_from:
+            load_weights(agent, load_checkpoint(args.init_from), args.init_from)
+        name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path("runs") / name
+        if folder.exists():
+            raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
+
+    sampler = Sampler(args, device, agent.state_size)
+    arena = race_envs(args, args.track[0]) if args.eval_interval else None
+    try:
+        if checkpoint:
+            print("driving the games back to where they were, at most a few minutes", flush=True)
+            sampler.restore(checkpoint["episodes"], checkpoint["memory"])
+            torch.set_rng_state(checkpoint["rng"])
+            if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        else:
+            sampler.move_finish(0.1 if args.moving_finish else 1.0)
+            sampler.reset(args.seed * 1_000_000)
+            refresh_batch_norm(agent, torch.from_numpy(np.concatenate(sampler.next_obs)).to(device), momentum=1.0)
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = args_to_plain(args)
+        (folder / "config.json").write_text(json.dumps(plain | {"made_on": made_on}, indent=2) + "\n")
+        logger = Logger(folder, args, iteration)
+
+        batch_size = args.num_envs * args.num_steps
+        iterations = args.total_timesteps // batch_size
+        print(f"{folder}: {made_on['engine']} {made_on['engine_version']}, assets {made_on['assets']}, {device}")
+        bar = tqdm(total=iterations * batch_size, initial=iteration * batch_size, unit=" decisions", smoothing=0.05)
+        while iteration < iterations:
+            started = time.time()
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
+            torch.set_num_threads(1)  # the games have the other cores
+            episodes = sampler.collect(agent)
+            sampled = time.time()
+            torch.set_num_threads(os.cpu_count() or 1)
+            batch = sampler.batch(agent.nvec, args.gamma, args.gae_lambda)
+            metrics = ppo_update(agent, optimizer, scaler, batch, args)
+            refresh_batch_norm(agent, batch["obs"].flatten(0, 1)[:: max(batch_size // 256, 1)], momentum=0.1)
+            learnt = time.time()
+            iteration += 1
+            step = iteration * batch_size
+
+            columns = ("return", "progress", "finished", "lap_time")
+            from_line = [episode for episode in episodes if episode["from_line"]]
+            recent.extend([float(episode[key]) for key in columns] for episode in from_line)
+            if args.moving_finish:
+                metrics["charts/finish_line"] = sampler.finish_line
+                reached.extend(episode["end"] in ("finished", "finish line") for episode in from_line)
+                if len(reached) == reached.maxlen and np.mean(reached) > 0.7:
+                    sampler.move_finish(min(sampler.finish_line + 0.05, 1.0))
+                    reached.clear()
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            if recent:
+                returns, progress, finished, laps = np.array(recent).T
+                metrics["charts/episodic_return"], metrics["charts/progress"] = returns.mean(), progress.mean()
+                metrics["charts/finish_rate"] = finished.mean()
+                if finished.any():
+                    metrics["charts/lap_time"] = laps[finished > 0].mean()
+                bar.set_postfix(progress=f"{progress.mean():.0%}", finish=f"{finished.mean():.0%}", refresh=False)
+            if iteration % RELOAD_INTERVAL == 0:
+                sampler.reset(args.seed * 1_000_000 + iteration * args.num_envs)
+            weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
+            if args.eval_interval and (iteration % args.eval_interval == 0 or iteration == iterations):
+                torch.set_num_threads(1)
+                first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
+                seeds = range(first, first + args.eval_episodes)
+                policy = network_policy(agent, device, greedy=True)
+                races = run_races(arena, policy, seeds, 1, args.color)
+                summary = summarize(races)
+                metrics |= {f"eval/{key}": summary[key] for key in ("finished", "progress", "off_track_seconds")}
+                if summary["finished"]:
+                    metrics |= {"eval/median_lap": summary["median"], "eval/best_lap": summary["best"]}
+                logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
+                note = f"{summary['median']:.2f} s" if summary["finished"] else f"progress {summary['progress']:.0%}"
+                bar.write(f"{step:>9} decisions: {summary['finished']}/{summary['races']} finished, {note}")
+                if best is None or score(summary) > tuple(best):
+                    best = list(score(summary))
+                    save_atomically(weights, folder / "best.pt")
+            spent = time.time() - started
+            elapsed += spent
+            metrics |= {"charts/SPS": batch_size / spent, "charts/sampling_SPS": batch_size / (sampled - started)}
+            metrics |= {"charts/elapsed_seconds": elapsed, "charts/update_seconds": learnt - sampled}
+            logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
+            state = {"optimizer": optimizer.state_dict(), "elapsed": elapsed, "best": best, "recent": list(recent)}
+            state |= {"episodes": sampler.snapshots(), "memory": sampler.memory(), "reached": list(reached)}
+            state |= {"scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
+            state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
+            save_atomically(weights | state, folder / "last.pt")
+            bar.update(batch_size)
+        bar.close()
+        print(f"done: type --evaluate {folder}/best.pt to race it against the game's own AI")
+    except KeyboardInterrupt:
+        if (folder / "last.pt").exists():
+            print(f"\nstopped; everything up to the last iteration is saved: type --resume {folder} to go on")
+        else:
+            print("\nstopped before the first iteration was done; nothing to resume")
+    finally:
+        if logger:
+            logger.close()
+        sampler.close()
+        if arena:
+            arena.close(terminate=True)
+
+
+def pick_device(name):
+    """The torch device for --device. Raises UsageError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def args_to_plain(args):
+    """Args as plain values for JSON and checkpoints; what belongs to one call only is left out."""
+    plain = dataclasses.asdict(dataclasses.replace(args, resume=None, evaluate=None))
+    return plain | {"init_from": args.init_from and str(args.init_from)}
+
+
+def check_args(args):
+    """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
+    engine = find_engine(args.engine)
+    assets, version = find_assets(engine)
+    tracks = race_tracks(assets)
+    for track in args.track:
+        if track not in tracks:
+            close = difflib.get_close_matches(track, tracks, 1, 0)
+            raise UsageError(f"There is no track {track}: type --track {close[0]}, or one of {', '.join(tracks)}.")
+        if args.reverse and not tracks[track]:
+            raise UsageError(f"The track {track} cannot be driven the other way round: leave out --reverse.")
+    karts = sorted(path.parent.name for path in (assets / "data" / "karts").glob("*/kart.xml"))
+    if args.kart not in karts:
+        close = difflib.get_close_matches(args.kart, karts, 1, 0)
+        raise UsageError(f"There is no kart {args.kart}: type --kart {close[0]}, or one of {', '.join(karts)}.")
+    limits = {name: (1, np.inf) for name in ("num_envs", "frame_stack", "laps", "epochs", "num_minibatches")}
+    limits |= {name: (1, np.inf) for name in ("base_channels", "grad_accum", "random_action_steps")}
+    limits |= {"random_action_prob": (0, 1), "augment_coef": (0, np.inf)}
+    limits |= {"num_steps": (2, np.inf), "eval_episodes": (1, np.inf), "eval_interval": (0, np.inf)}
+    limits |= {"seed": (0, np.inf), "eval_seed": (0, np.inf), "width": (36, 2048), "height": (36, 2048)}
+    limits |= {"random_start": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "learning_rate": (0, 1)}
+    limits |= {"step_size": (1 / 120, 1), "max_seconds": (1, np.inf)}
+    for name, (least, most) in limits.items():
+        value, flag = getattr(args, name), name.replace("_", "-")
+        if not least <= value <= most:
+            wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
+            raise UsageError(f"--{flag} is {value}: type {wanted}.")
+    if args.memory == "lstm" and args.network != "impala":
+        raise UsageError("Only --network impala has an LSTM: leave out --memory lstm, or type --network impala.")
+    if args.memory == "lstm" and args.num_envs % args.num_minibatches:
+        raise UsageError(
+            f"An LSTM learns from whole environments, and {args.num_envs} do not divide into {args.num_minibatches} "
+            "minibatches: type another --num-envs or --num-minibatches."
+        )
+    if args.network == "conv2d" and args.color == "rgb":
+        raise UsageError("The network conv2d sees gray pictures: leave out --color rgb.")
+    if args.network == "resnet3d" and not 5 <= args.frame_stack:
+        raise UsageError(f"resnet3d needs 5 pictures or more, not {args.frame_stack}: type --frame-stack 5.")
+    batch = args.num_envs * args.num_steps
+    if batch % args.num_minibatches:
+        raise UsageError(
+            f"{args.num_envs} environments x {args.num_steps} steps = {batch} decisions, which does not divide into "
+            f"{args.num_minibatches} minibatches: type another --num-minibatches."
+        )
+    if args.total_timesteps < batch:
+        raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one batch: type {batch} or more.")
+    if sys.platform == "linux":
+        libraries = ("libEGL.so.1", "libOpenGL.so.0", "libGLX.so.0", "libX11.so.6")
+        for library in libraries if engine == "pystk" else libraries[:1]:
+            try:
+                ctypes.CDLL(library)
+            except OSError as error:
+                raise UsageError(f"{library} is missing, so the game has no display: type ./install.sh") from error
+    return args
+
+
+def parse(argv):
+    """The command line as Args, and the checkpoint that is resumed or evaluated, whose settings are the defaults."""
+    args = complete(tyro.cli(Args, args=argv, description=__doc__))
+    if not (args.resume or args.evaluate):
+        return check_args(args), None
+    checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")
+    saved = checkpoint["args"]
+    args = complete(tyro.cli(Args, args=argv, default=Args(**saved)))
+    changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name != "device"]
+    if args.resume and changed:
+        flag = changed[0].replace("_", "-")
+        raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --init-from.")
+    return check_args(args), checkpoint
+
+
+def summarize_network(args):
+    """Prints the network's layers as torchinfo does."""
+    from torchinfo import summary
+
+    setting = describe_setting(args)
+    agent = make_agent(args, setting, torch.device("cpu"))
+    rows = torch.zeros(1, *setting["observation"], dtype=torch.uint8)
+    data = [rows, torch.zeros(1, agent.state_size), torch.zeros(1, dtype=torch.bool)]
+    print(summary(agent, input_data=data, depth=4, device="cpu", verbose=0))
+
+
+def main():
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        # Keep freed memory instead of handing every large tensor back to the kernel: learning takes half the time.
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    try:
+        args, checkpoint = parse(sys.argv[1:])
+        if args.summary:
+            summarize_network(args)
+        else:
+            evaluate(args, checkpoint) if args.evaluate else train(args, checkpoint)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print("The machine's memory is full: type a larger --grad-accum, or a smaller --num-envs.", file=sys.stderr)
+        sys.exit(1)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

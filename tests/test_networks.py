@@ -1,0 +1,227 @@
+"""The networks of ppo_tuxkart_resnet.py, held against the seeds' tables, and what PPO needs of them."""
+
+import ast
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import ppo_tuxkart
+import ppo_tuxkart_resnet
+from ppo_tuxkart_resnet import Agent, pick, ppo_loss, ppo_update, random_shift, refresh_batch_norm
+
+TABLE_2D = [  # channels and parameters of every layer, from the first to the last, as tuxkart-ai's table has them
+    ((128, 149, 99), 64_128),
+    ((128, 149, 99), 0),
+    ((128, 149, 99), 256),
+    ((128, 149, 99), 525_056),
+    ((128, 74, 49), 262_272),
+    ((128, 74, 49), 0),
+    ((128, 74, 49), 256),
+    ((128, 74, 49), 525_056),
+]
+HEADS_2D = {13: [((1, 74, 49), 1_153), ((1, 74, 49), 0), ((3626,), 0), ((13,), 47_151)]}
+HEADS_2D[1] = [((1, 74, 49), 1_153), ((1, 74, 49), 0), ((3626,), 0), ((1,), 3_627)]
+
+EARLY, LATE = (256, 3, 200, 300), (256, 1, 66, 100)
+CONVOLUTIONS_3D = [(EARLY, 20_992)] + [(EARLY, 1_769_472)] * 10 + [(LATE, 1_769_728)] + [(LATE, 1_769_472)] * 10
+CONVOLUTIONS_3D += [((64, 1, 66, 100), 442_432), ((1, 1, 66, 100), 1_729), ((1, 1, 66, 100), 6_913)]
+NORMS_3D = [(EARLY, 512)] * 11 + [(LATE, 512)] * 11 + [((64, 1, 66, 100), 128)] + [((1, 1, 66, 100), 2)] * 2
+SMALL = {"impala": 4, "conv2d": 8, "resnet3d": 4, "ec418": 8}
+
+
+def rows_of(agent, observation_shape, kind):
+    """Output shape and number of parameters of every module of a kind, in the order of the forward pass."""
+    rows, hooks = [], []
+    for module in agent.modules():
+        if isinstance(module, kind):
+            hooks.append(module.register_forward_hook(lambda module, _, output: rows.append(
+                (tuple(output.shape[1:]), sum(parameter.numel() for parameter in module.parameters()))
+            )))  # fmt: skip
+    agent(torch.zeros(1, *observation_shape, dtype=torch.uint8, device="meta"), torch.zeros(1, 0, device="meta"), None)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def count(agent):
+    return sum(parameter.numel() for parameter in agent.parameters())
+
+
+def test_every_row_of_the_2d_table():
+    with torch.device("meta"):
+        agent = Agent((5, 600, 400), [2, 2, 3, 2, 2, 2], "conv2d", 128, 4, "stack")
+    assert count(agent) == 1_430_108
+    trunk = [module for module in agent.trunk]
+    shapes = rows_of(agent, (5, 600, 400), (torch.nn.Conv2d, torch.nn.Linear, ppo_tuxkart_resnet.Residual2d))
+    found, x = [], torch.zeros(1, 5, 600, 400, device="meta")
+    for module in trunk:
+        x = module(x)
+        found.append((tuple(x.shape[1:]), count(module)))
+    assert found == TABLE_2D
+    for head, outputs in ((agent.policy, 13), (agent.value, 1)):
+        y, found = x, []
+        for module in head:
+            y = module(y)
+            found.append((tuple(y.shape[1:]), count(module)))
+        assert found == HEADS_2D[outputs]
+    assert len(shapes) == 2 + 2 + 4 + 4  # trunk's own, residuals, theirs, heads'
+
+
+def test_every_row_of_the_3d_table():
+    with torch.device("meta"):
+        agent = Agent((15, 400, 600), [2, 2, 3, 2, 2, 2, 2], "resnet3d", 256, 5, "stack")
+    assert count(agent) == 37_748_246
+    assert rows_of(agent, (15, 400, 600), torch.nn.Conv3d) == CONVOLUTIONS_3D
+    assert rows_of(agent, (15, 400, 600), torch.nn.BatchNorm3d) == NORMS_3D
+    assert rows_of(agent, (15, 400, 600), torch.nn.Linear) == [((15,), 99_015), ((1,), 6_601)]
+
+
+def test_impala_has_fifteen_layers_with_weights():
+    agent = Agent((6, 64, 64), [5, 3, 2, 2], "impala", 16, 2, "stack")
+    layers = [module for module in agent.trunk.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    assert len(layers) == 16 and len([layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]) == 15
+    assert [layer.out_channels for layer in layers if isinstance(layer, torch.nn.Conv2d)] == [16] * 5 + [32] * 10
+
+
+def test_ec418_is_two_networks_behind_a_norm():
+    agent = Agent((1, 64, 64), [16], "ec418", 32, 1, "stack")
+    nature = 1 * 32 * 64 + 32 + 32 * 64 * 16 + 64 + 64 * 64 * 9 + 64 + 1024 * 512 + 512
+    assert count(agent) == 2 * (2 + nature) + 513 * 16 + 513
+
+
+def settings(**changes):
+    return ppo_tuxkart_resnet.complete(ppo_tuxkart_resnet.Args(**changes))
+
+
+def rollout(network, memory="stack", steps=8, envs=4):
+    """A network and a batch (T, N, ...) that it sampled on random pictures, LSTM and episodes' ends included."""
+    torch.manual_seed(0)
+    args = settings(network=network, memory=memory, base_channels=SMALL[network], num_minibatches=2, epochs=1)
+    channels = args.frame_stack * (3 if args.color == "rgb" else 1) + (network == "conv2d")
+    shape = (channels, 64, 64)
+    agent = Agent(shape, [5, 3, 2, 2], network, SMALL[network], args.frame_stack, memory)
+    obs = torch.randint(0, 255, (steps, envs, *shape), dtype=torch.uint8)
+    refresh_batch_norm(agent, obs.flatten(0, 1), 1.0)
+    starts = torch.rand(steps, envs) < 0.3
+    state = torch.randn(envs, agent.state_size)
+    batch = {"obs": obs, "starts": starts, "state": state, "own": torch.rand(steps, envs) < 0.8}
+    batch |= {"advantages": torch.randn(steps, envs), "returns": torch.randn(steps, envs)}
+    rows = []
+    with torch.no_grad():
+        for t in range(steps):
+            logits, values, state = agent(obs[t], state, starts[t])
+            actions = ppo_tuxkart_resnet.choose_actions(logits, agent.nvec)
+            rows.append((actions, ppo_tuxkart_resnet.evaluate_actions(logits, actions, agent.nvec)[0], values))
+    batch |= dict(zip(("actions", "logprobs", "values"), map(torch.stack, zip(*rows, strict=True)), strict=True))
+    return agent, batch, args
+
+
+CASES = [("impala", "stack"), ("impala", "lstm"), ("conv2d", "stack"), ("resnet3d", "stack"), ("ec418", "stack")]
+
+
+@pytest.mark.parametrize(("network", "memory"), CASES)
+def test_the_first_ratio_is_one_and_stays_so_after_the_norms_moved(network, memory):
+    agent, batch, args = rollout(network, memory)
+    units = torch.arange(4 if memory == "lstm" else 32)
+    for rows in units.split(2):
+        piece = pick(batch, rows)
+        _, scalars = ppo_loss(agent, piece, args, (len(piece["returns"]), int(piece["own"].sum())))
+        assert scalars["losses/ratio_error"] < 2e-6
+
+
+@pytest.mark.parametrize(("network", "memory"), CASES)
+def test_pieces_of_a_minibatch_add_up_to_its_gradient(network, memory):
+    agent, batch, args = rollout(network, memory)
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    results = []
+    for pieces in (1, 2):
+        agent.load_state_dict(before)
+        optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
+        torch.manual_seed(1)
+        args.grad_accum = pieces
+        scalars = ppo_update(agent, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, args)
+        results.append(({key: value.clone() for key, value in agent.state_dict().items()}, scalars))
+    (ours, scalars), (theirs, others) = results
+    assert any(not torch.equal(ours[key], before[key]) for key in ours)
+    for key in ours:
+        torch.testing.assert_close(theirs[key], ours[key], rtol=1e-4, atol=1e-5)
+    assert scalars == pytest.approx(others, rel=1e-3, abs=1e-5)
+
+
+def test_random_bursts_do_not_teach_the_policy():
+    agent, batch, args = rollout("impala")
+    piece = pick(batch, torch.arange(32))
+    args.vf_coef = args.ent_coef = 0.0
+    totals = (32, int(piece["own"].sum()))
+    loss = ppo_loss(agent, piece, args, totals)[0]
+    foreign = ~piece["own"]
+    assert foreign.any()
+    changed = piece | {"advantages": torch.where(foreign, 100.0, piece["advantages"])}
+    changed["logprobs"] = torch.where(foreign, -3.0, piece["logprobs"])
+    torch.testing.assert_close(ppo_loss(agent, changed, args, totals)[0], loss)
+
+
+def test_an_lstm_forgets_at_the_start_of_an_episode():
+    agent, batch, _ = rollout("impala", "lstm")
+    obs, state = batch["obs"][0], batch["state"]
+    fresh = agent(obs, torch.zeros_like(state), torch.zeros(4, dtype=torch.bool))
+    reset, kept = (agent(obs, state, torch.full((4,), start)) for start in (True, False))
+    for ours, theirs in zip(reset, fresh, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(kept[1], fresh[1])
+
+
+def test_random_shift_moves_every_picture_by_itself():
+    torch.manual_seed(0)
+    obs = torch.randint(0, 255, (16, 3, 12, 10), dtype=torch.uint8)
+    shifted = random_shift(obs, pad=2)
+    padded = np.pad(obs.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
+    places = set()
+    for before, after in zip(padded, shifted.numpy(), strict=True):
+        found = [
+            (down, right)
+            for down in range(5)
+            for right in range(5)
+            if np.array_equal(before[:, down : down + 12, right : right + 10], after)
+        ]
+        assert len(found) == 1
+        places.update(found)
+    assert len(places) > 5
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_keeps_the_ratio_at_one_and_finite_gradients(amp):
+    agent, batch, args = rollout("impala")
+    agent.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    with torch.no_grad():
+        logits, values, _ = agent(batch["obs"].flatten(0, 1), torch.zeros(32, 0), None)
+    assert logits.dtype == values.dtype == torch.float32
+    logprobs = ppo_tuxkart_resnet.evaluate_actions(logits, batch["actions"].flatten(0, 1), agent.nvec)[0]
+    batch["logprobs"] = logprobs.view(8, 4)
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    scaler = torch.amp.GradScaler("cpu", enabled=amp == "fp16", init_scale=256.0)
+    scalars = ppo_update(agent, torch.optim.Adam(agent.parameters(), lr=1e-3), scaler, batch, args)
+    assert scalars["losses/ratio_error"] < 1e-2
+    after = agent.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(after[key], before[key]) for key in after)
+
+
+def source(module):
+    """Every top-level function and class of a script, as text."""
+    text = (ROOT / f"{module.__name__}.py").read_text()
+    tree = ast.parse(text)
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    return {node.name: ast.get_source_segment(text, node) for node in tree.body if isinstance(node, definitions)}
+
+
+def test_what_both_scripts_have_is_the_same_to_the_letter():
+    first, second = source(ppo_tuxkart), source(ppo_tuxkart_resnet)
+    differ = {name for name in first if first[name] != second.get(name)}
+    own = {"Args", "Agent", "ppo_loss", "ppo_update", "Sampler", "make_env", "run_races", "network_policy", "evaluate"}
+    own |= {"load_weights", "describe_setting", "train", "check_args", "parse", "main"}
+    assert differ == own
+    assert isinstance(ppo_tuxkart_resnet, types.ModuleType)
