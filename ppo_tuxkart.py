@@ -17,6 +17,7 @@ import difflib
 import importlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -24,16 +25,15 @@ import sys
 import time
 import types
 import xml.etree.ElementTree
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 
@@ -67,6 +67,12 @@ class Args:
     difficulty: Literal[0, 1, 2] = 2  # the game's; it also scales the player's top speed (0.6, 0.8, 0.92)
     kart: str = "tux"  # kart to drive
     reverse: bool = False  # drive the track the other way round
+    num_karts: int = 1  # karts in the race; the game's AI drives the others
+    reward: tuple[str, ...] = ("progress",)  # reward(s), weighted: --reward progress:1 zigzag:0.1
+    actions: Literal["drive", "ec418", "tuxkart", "tuxkart_rescue", "deepracer"] = "drive"  # what the network decides
+    speeds: tuple[float, ...] = (8.0, 16.0, 24.0)  # m/s to choose from with --actions deepracer
+    speed_cap: float | None = None  # m/s that the kart keeps below, whatever the network decides
+    speed_curriculum: float | None = None  # m/s by which the cap rises when every evaluation race finishes
 
     # PPO
     num_steps: int = 128  # decisions per environment and iteration
@@ -80,6 +86,7 @@ class Args:
     ent_coef: float = 0.005  # weight of the entropy bonus
     vf_coef: float = 0.05  # weight of the value loss; returns reach 20, so more of it would drown the policy's gradient
     max_grad_norm: float = 0.5  # largest norm of the gradient
+    epsilon: float = 0.0  # share of uniformly random actions, part of the policy; it falls linearly to zero
     target_kl: float | None = None  # stop an iteration's passes when the approximate KL divergence exceeds this
 
 
@@ -93,15 +100,13 @@ class UsageError(Exception):
 ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # module: package; "pystk" on PyPI is another thing
 DEBIAN_ASSETS = Path("/usr/share/games/supertuxkart/data")
 
-STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)  # left to right
-PEDALS = ((1.0, False), (0.0, False), (0.0, True))  # acceleration, brake: gas, coast, brake
-
 STUCK_SECONDS, STUCK_METRES = 4.0, 2.0  # an episode ends when that long has not brought that much progress
 RACE_STUCK_SECONDS = 15.0  # the same in a race, where the kart may free itself
 BACKWARDS_METRES = 15.0
 OFF_TRACK_METRES = 10.0  # beyond the edge of the road
 RANDOM_START_SECONDS = 30.0
-RACE_SETTINGS = ("laps", "difficulty", "kart", "reverse")
+RACE_SETTINGS = ("laps", "difficulty", "kart", "reverse", "num_karts", "speed_cap")
+ENV_SETTINGS = ("engine", "width", "height", "frame_stack", "step_size", "max_seconds", "reward", "actions", "speeds")
 TOP_SPEED = 60.0  # m/s; no kart is faster, so a larger gain is a teleport
 
 
@@ -196,6 +201,156 @@ def load_engine(engine):
     return importlib.import_module(engine)
 
 
+class Controls(NamedTuple):
+    """What the engine is told: steer from -1 (left) to 1, acceleration from 0 to 1, and buttons."""
+
+    steer: float = 0.0
+    acceleration: float = 0.0
+    brake: bool = False
+    drift: bool = False
+    nitro: bool = False
+    fire: bool = False
+    rescue: bool = False
+    speed: float = 0.0  # what it asks for, as a share of the fastest
+
+
+def govern(target, speed):
+    """Acceleration and brake that hold a target speed, both in m/s."""
+    return min(max((target - speed) / 2, 0.0), 1.0), speed > target + 2
+
+
+def drive_controls(action, speed, speeds):
+    """Steer in five positions, gas, coast or brake, drift, nitro."""
+    steer, pedal, drift, nitro = action
+    gas = float(pedal == 0)
+    return Controls(steer / 2 - 1, gas, pedal == 2, bool(drift), bool(nitro), speed=gas)
+
+
+def ec418_controls(action, speed, speeds):
+    """EC418's four bits, the highest first: left, right, fast (25 m/s, else 5), drift; left and right is nitro."""
+    left, right, fast, drift = (bool(action[0] >> bit & 1) for bit in (3, 2, 1, 0))
+    acceleration, brake = govern(25.0 if fast else 5.0, speed)
+    return Controls(float(right) - float(left), acceleration, brake, drift, left and right, speed=1.0 if fast else 0.2)
+
+
+def tuxkart_controls(action, speed, speeds):
+    """tuxkart-ai's: acceleration, brake, steer, fire, drift, nitro, and the rescue where there is one."""
+    acceleration, brake, steer, fire, drift, nitro, *rescue = action
+    buttons = (bool(button) for button in (brake, drift, nitro, fire, rescue == [1]))
+    return Controls(steer - 1.0, float(acceleration), *buttons, speed=float(acceleration))
+
+
+def deepracer_controls(action, speed, speeds):
+    """DeepRacer's: one of seven steering angles, 30 degrees left to 30 right, with one of the speeds."""
+    angle, pace = divmod(action[0], len(speeds))
+    acceleration, brake = govern(speeds[pace], speed)
+    steer = (-30, -20, -10, 0, 10, 20, 30)[angle] / FULL_LOCK
+    return Controls(steer, acceleration, brake, speed=speeds[pace] / max(speeds))
+
+
+FULL_LOCK = 30  # degrees, as DeepRacer has it
+ACTIONS = {  # name: the dimensions' names and sizes (None: the number of speeds times 7), and the controls
+    "drive": ({"steer": 5, "pedal": 3, "drift": 2, "nitro": 2}, drive_controls),
+    "ec418": ({"code": 16}, ec418_controls),
+    "tuxkart": ({"acceleration": 2, "brake": 2, "steer": 3, "fire": 2, "drift": 2, "nitro": 2}, tuxkart_controls),
+    "deepracer": ({"angle and speed": None}, deepracer_controls),
+}
+ACTIONS["tuxkart_rescue"] = (ACTIONS["tuxkart"][0] | {"rescue": 2}, tuxkart_controls)
+
+
+def action_sizes(actions, speeds):
+    """Number of choices in each dimension of an action set, by the dimension's name."""
+    return {name: size or 7 * len(speeds) for name, size in ACTIONS[actions][0].items()}
+
+
+class Moment(NamedTuple):
+    """What a reward may know of one decision, in metres, seconds, m/s and degrees; right is positive."""
+
+    gain: float  # metres gained down the track
+    seconds: float  # of game time
+    offset: float = 0.0  # from the middle of the road
+    width: float = 1.0  # of the road
+    heading: float = 0.0  # of the kart, relative to the track's, in [-180, 180)
+    steering: float = 0.0  # commanded; full lock is 30 degrees
+    speed: float = 0.0  # commanded, as a share of the fastest choice
+    finished: bool = False
+    failed: bool = False  # the episode ended stuck, off the track or backwards
+    places: int = 0  # won from other karts, or lost
+    events: tuple = ()  # what began with this decision: powerup, use, nitro, drift, jump, rescue
+
+
+def progress_reward(moment):
+    """A tenth of the metres gained, less half a point a second, +10 for the finish, -3 for failing.
+
+    The sum of the gains over a lap is the same for every lap, so of two finished laps the faster one earns more.
+    """
+    return 0.1 * moment.gain - 0.5 * moment.seconds + 10.0 * moment.finished - 3.0 * moment.failed
+
+
+def centerline_reward(moment):
+    """DeepRacer's "follow the center line"."""
+    share = abs(moment.offset) / moment.width
+    return 1.0 if share <= 0.1 else 0.5 if share <= 0.25 else 0.1 if share <= 0.5 else 1e-3
+
+
+def borders_reward(moment):
+    """DeepRacer's "stay inside the two borders"."""
+    return 1.0 if 0.5 * moment.width - abs(moment.offset) >= 0.05 else 1e-3
+
+
+def zigzag_reward(moment):
+    """DeepRacer's "prevent zig-zag"."""
+    return centerline_reward(moment) * (0.8 if abs(moment.steering) > 15.0 else 1.0)
+
+
+def heading_reward(moment):
+    """DeepRacer's example for the heading: half where it is more than 10 degrees from the track's."""
+    return 0.5 if abs(moment.heading) > 10.0 else 1.0
+
+
+def speed_reward(moment):
+    """DeepRacer's example for the speed: half below 1 m/s of its 4, next to nothing off the track."""
+    return 1e-3 if abs(moment.offset) > 0.5 * moment.width else 0.5 if moment.speed < 0.25 else 1.0
+
+
+def ec418_reward(moment):
+    """EC418's metres gained within 6 m of the middle, without its cap of 5 m/s and its pay for standing still."""
+    return 0.1 * max(moment.gain, 0.0) * (abs(moment.offset) < 6.0)
+
+
+def tuxkart_reward(moment):
+    """tuxkart-ai's shaped sum. It paid for every step of a drift or with a powerup; this pays when one begins."""
+    prices = {"powerup": 3.0, "use": 1.0, "nitro": 3.0, "drift": 3.0, "jump": -3.0, "rescue": -5.0}
+    return moment.gain + 10.0 * moment.finished + 5.0 * moment.places + sum(prices[event] for event in moment.events)
+
+
+REWARDS = {
+    "progress": progress_reward,
+    "centerline": centerline_reward,
+    "borders": borders_reward,
+    "zigzag": zigzag_reward,
+    "heading": heading_reward,
+    "speed": speed_reward,
+    "ec418": ec418_reward,
+    "tuxkart": tuxkart_reward,
+}
+
+
+def parse_reward(parts):
+    """("progress:1", "zigzag:0.1") as {"progress": 1.0, "zigzag": 0.1}; a weight left out is 1. Raises UsageError."""
+    weights = {}
+    for part in parts:
+        name, _, weight = part.partition(":")
+        if name not in REWARDS:
+            close = difflib.get_close_matches(name, REWARDS, 1, 0)[0]
+            raise UsageError(f"There is no reward {name}: type --reward {close}, or of {', '.join(REWARDS)}.")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise UsageError(f"The weight in --reward {part} is not a number: type --reward {name}:0.5.") from None
+    return weights
+
+
 class TrackGeometry:
     """The track's centre line as segments, and where points lie along it; all in metres and radians.
 
@@ -209,28 +364,26 @@ class TrackGeometry:
         self.distances = np.asarray(distances, np.float64)
         self.length = float(length)
         self.vectors = self.ends - self.starts
-        self.squares = np.maximum((self.vectors**2).sum(-1), 1e-9)
         self.headings = np.arctan2(self.vectors[:, 0], self.vectors[:, 2])
+        squares = np.maximum((self.vectors**2).sum(-1), 1e-9)
+        rows = self.starts, self.vectors, self.vectors / squares[:, None]
+        self._starts, self._vectors, self._shares = (np.ascontiguousarray(values.T) for values in rows)  # (3, S)
 
-    def locate(self, points):
-        """Nearest place on the centre line. points: (..., 3).
+    def locate(self, point):
+        """Nearest place on the centre line. point: (3,).
 
         Returns distance down the track in [0, length), signed lateral offset (right is positive), track heading and
-        track width there, each of shape (...).
+        track width there.
         """
-        points = np.asarray(points, np.float64)
-        shape, rows = points.shape[:-1], np.arange(points.size // 3)
-        relative = points.reshape(-1, 1, 3) - self.starts  # (P, S, 3)
-        share = (np.einsum("psi,si->ps", relative, self.vectors) / self.squares).clip(0, 1)
-        gap = relative - share[..., None] * self.vectors
-        nearest = np.einsum("psi,psi->ps", gap, gap).argmin(-1)
-        share, gap = share[rows, nearest], gap[rows, nearest]
-        begin, end = self.distances[nearest].T
-        heading = self.headings[nearest]
-        side = np.sign(gap[:, 0] * np.cos(heading) - gap[:, 2] * np.sin(heading))
-        along = (begin + share * (end - begin)) % self.length
-        offset = side * np.hypot(gap[:, 0], gap[:, 2])
-        return tuple(values.reshape(shape) for values in (along, offset, heading, self.widths[nearest]))
+        relative = np.asarray(point, np.float64)[:, None] - self._starts
+        share = np.einsum("is,is->s", relative, self._shares)
+        np.minimum(np.maximum(share, 0, out=share), 1, out=share)
+        gap = relative - share * self._vectors
+        nearest = int(np.einsum("is,is->s", gap, gap).argmin())
+        (x, _, z), share = gap[:, nearest].tolist(), float(share[nearest])
+        (begin, end), heading = self.distances[nearest].tolist(), float(self.headings[nearest])
+        offset = math.copysign(math.hypot(x, z), x * math.cos(heading) - z * math.sin(heading))
+        return (begin + share * (end - begin)) % self.length, offset, heading, float(self.widths[nearest])
 
     def gain(self, before, after):
         """Metres gained between two distances down the track, the shorter way round, in [-length/2, length/2)."""
@@ -241,11 +394,11 @@ class TuxKartEnv(gym.Env):
     """One kart in the real SuperTuxKart, seen through its own camera.
 
     Observation: uint8 (3 * frame_stack, height, width), RGB pictures, the newest last.
-    Action: MultiDiscrete (steer 5, pedal 3, drift 2, nitro 2), held for `step_size` seconds of game time.
-    Reward: a tenth of the metres gained along the track, minus half a point a second; +10 for the finish, -3 for
-    being stuck, off the track or driving backwards, which end the episode. The time limit truncates it.
-    At the end `info` holds lap_time (s, nan unless finished), finished, progress (share of the race's distance),
-    off_track_m (largest), off_track_seconds, seconds, return and end (why).
+    Action: MultiDiscrete, one of ACTIONS, held for `step_size` seconds of game time. A `speed_cap` (m/s) limits it.
+    Reward: the weighted sum of REWARDS that `reward` names. An episode ends with the finish, or when the kart is stuck,
+    off the track or drives backwards; the time limit truncates it. At the end `info` holds lap_time (s, nan unless
+    finished), finished, progress (share of the race's distance), position (among `num_karts`), off_track_m (largest),
+    off_track_seconds, seconds, return, the share of each reward in it, and end (why).
 
     `reset(seed=...)` loads the track anew (0.6 s), so that nothing of the episodes before is left, not even in the
     camera's motion; without a seed a reset takes a hundredth of that. `reset(seed=..., options={"race": True})` starts
@@ -260,15 +413,18 @@ class TuxKartEnv(gym.Env):
 
     def __init__(
         self, track="scotland", engine="auto", width=64, height=64, frame_stack=2, step_size=0.15, random_start=0.0,
-        max_seconds=150.0, laps=1, difficulty=2, kart="tux", reverse=False, driver="agent", render_mode=None,
+        max_seconds=150.0, laps=1, difficulty=2, kart="tux", reverse=False, num_karts=1, reward=("progress",),
+        actions="drive", speeds=(8.0, 16.0, 24.0), speed_cap=None, driver="agent", render_mode=None,
     ):  # fmt: skip
         self.track, self.engine, self.size = track, find_engine(engine), (width, height)
         self.step_size, self.random_start, self.max_seconds = step_size, random_start, max_seconds
         self.laps, self.difficulty, self.kart, self.reverse = laps, difficulty, kart, reverse
+        self.num_karts, self.speed_cap, self.speeds = num_karts, speed_cap, speeds
+        self.reward_weights, self._controls = parse_reward(reward), ACTIONS[actions][1]
         self.driver, self.render_mode = driver, render_mode
         self.frame_stack = frame_stack
         self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, height, width), np.uint8)
-        self.action_space = gym.spaces.MultiDiscrete([len(STEER), len(PEDALS), 2, 2])
+        self.action_space = gym.spaces.MultiDiscrete(list(action_sizes(actions, speeds).values()))
         self.substeps, self.on_frame = 1, None  # a film draws several pictures a decision
         self._stk = self._race = None
         self._loads = 0
@@ -296,7 +452,7 @@ class TuxKartEnv(gym.Env):
         self._unload_race()
         config = stk.RaceConfig()
         config.track, config.laps, config.reverse = self.track, self.laps, self.reverse
-        config.difficulty, config.num_kart, config.step_size = self.difficulty, 1, self.step_size
+        config.difficulty, config.num_kart, config.step_size = self.difficulty, self.num_karts, self.step_size
         if hasattr(config, "overlay"):
             config.overlay = False  # pystk2 would draw its HUD into the picture; pystk has none
         config.players[0].kart = self.kart
@@ -331,12 +487,10 @@ class TuxKartEnv(gym.Env):
         self._history.append({"rng": self.np_random.bit_generator.state, "options": options, "actions": []})
         self._world.update()
         self._hold(1 / 120)
-        _, location, _ = self._kart_state()
-        front = np.array(self._world.karts[0].front, np.float64) - location
-        heading, self._handicap = np.arctan2(front[0], front[2]), 0.0
+        location, heading, self._handicap = self.location, self._heading(), 0.0
         if hasattr(self._world, "phase"):  # pystk2 counts down for 5 s before a kart can drive
             self._hold(4.9)
-            while self._kart_state()[0] == 0:
+            while self._world.time == 0:
                 self._hold(0.05)
         self._from_line = self._in_race or self.np_random.random() >= self.random_start
         if self._in_race:
@@ -344,36 +498,40 @@ class TuxKartEnv(gym.Env):
         elif not self._from_line:
             self._start_anywhere()
 
-        seconds, location, _ = self._kart_state()
-        self._along = float(self.geometry.locate(location)[0])
+        self._along, seconds = self.geometry.locate(self.location)[0], self._world.time
         length = self.geometry.length
         behind = (length - self._along) % length if self._from_line else 0.0
         self._distance = self.laps * length + (behind if behind < length / 2 else behind - length)
         self._limit = self.max_seconds if self._from_line else min(self.max_seconds, RANDOM_START_SECONDS)
         self._start, self._progress, self._best, self._best_at = seconds, 0.0, 0.0, seconds
-        self._return = self._off_track_m = self._off_track_seconds = 0.0
+        self._off_track_m = self._off_track_seconds = 0.0
+        self._parts, self._place_now, self._going_on = dict.fromkeys(self.reward_weights, 0.0), self.position, set()
+        self._speed, self.trail = 0.0, []
         self._frames = np.repeat(self._picture()[None], self.frame_stack, 0)  # (K, 3, H, W)
         return self.observation(), {}
 
     def step(self, action):
         if self._race is None:
             raise gym.error.ResetNeeded("Call reset before step.")
-        before = self._kart_state()[0]
-        self._history[-1]["actions"].append([int(a) for a in action])
-        self._drive(action)
+        before = self._world.time
+        action = [int(a) for a in action]
+        self._history[-1]["actions"].append(action)
+        controls = self._drive(action)
         self._frames = np.concatenate([self._frames[1:], self._picture()[None]])
 
-        now, location, lap_time = self._kart_state()
-        along, offset, _, width = (float(value) for value in self.geometry.locate(location))
+        now, kart = self._world.time, self._kart
+        along, offset, heading, width = self.geometry.locate(kart.location)
         gain = min(self.geometry.gain(self._along, along), TOP_SPEED * self.step_size)
-        self._along, self._progress = along, self._progress + gain
+        self._along, self._progress, self._speed = along, self._progress + gain, math.hypot(*kart.velocity)
+        if self._in_race:
+            self.trail.append((kart.location[0], kart.location[2], self._speed))
         if self._progress > self._best + STUCK_METRES:
             self._best, self._best_at = self._progress, now
         off_track = max(abs(offset) - width / 2, 0.0)
         self._off_track_m = max(self._off_track_m, off_track)
         self._off_track_seconds += (now - before) * (off_track > 0)
 
-        finished = lap_time > 0
+        finished = kart.finish_time > 0
         end = "finished" if finished else ""
         if not end and now - self._best_at >= (RACE_STUCK_SECONDS if self._in_race else STUCK_SECONDS):
             end = "stuck"
@@ -383,24 +541,70 @@ class TuxKartEnv(gym.Env):
             end = "off track"
         terminated = bool(end)
         truncated = not terminated and now - self._start >= self._limit
-        reward = progress_reward(gain, now - before, finished, terminated and not finished)
-        self._return += reward
-        info = self._final_info(end or "time limit", lap_time) if terminated or truncated else {}
+        turned = math.degrees(self._heading() - heading)
+        place, self._place_now = self._place_now, self.position
+        moment = Moment(
+            gain, now - before, offset, width, (turned + 180) % 360 - 180, FULL_LOCK * controls.steer,
+            controls.speed, finished, terminated and not finished, place - self._place_now,
+            self._events(controls) if "tuxkart" in self.reward_weights else (),
+        )  # fmt: skip
+        reward = self._pay(moment)
+        info = self._final_info(end or "time limit") if terminated or truncated else {}
         return self.observation(), reward, terminated, truncated, info
 
-    def _final_info(self, end, lap_time):
+    def _pay(self, moment):
+        """The reward of a moment, each of its parts added to the episode's."""
+        parts = {name: weight * REWARDS[name](moment) for name, weight in self.reward_weights.items()}
+        self._parts = {name: self._parts[name] + part for name, part in parts.items()}
+        return sum(parts.values())
+
+    def _final_info(self, end):
         finished = end == "finished"
         return {
-            "lap_time": lap_time + self._handicap if finished else float("nan"),
+            "lap_time": self._kart.finish_time + self._handicap if finished else float("nan"),
             "finished": finished,
+            "position": self.position,
             "progress": 1.0 if finished else self._progress / self._distance,
             "off_track_m": self._off_track_m,
             "off_track_seconds": self._off_track_seconds,
             "seconds": self._world.time - self._start,
-            "return": self._return,
+            "return": sum(self._parts.values()),
             "from_line": self._from_line,
             "end": end,
-        }
+        } | {f"reward/{name}": total for name, total in self._parts.items()}
+
+    def _events(self, controls):
+        """What began with this decision, of what `tuxkart_reward` pays for."""
+        kart, nitro = self._kart, ("NITRO_BIG", "NITRO_SMALL")
+        items = [item.location for item in self._world.items if item.type.name in nitro]
+        now = {"powerup": kart.powerup.type.name != "NOTHING", "drift": controls.drift, "jump": kart.jumping}
+        now |= {"nitro": any(math.dist(item, kart.location) < 2 for item in items), "rescue": controls.rescue}
+        now["use"] = controls.fire and "powerup" in self._going_on
+        begun = tuple(name for name, on in now.items() if on and name not in self._going_on)
+        self._going_on = {name for name, on in now.items() if on}
+        return begun
+
+    @property
+    def position(self):
+        """Place in the race, 1 for the first."""
+        if self.num_karts == 1:
+            return 1
+        ranks = [(k.finish_time > 0, -k.finish_time or k.overall_distance) for k in self._world.karts]
+        return 1 + sum(rank > ranks[self.num_karts - 1] for rank in ranks)
+
+    @property
+    def location(self):
+        """Where the kart is: (x, y, z) in metres, y up."""
+        return tuple(float(value) for value in self._kart.location)
+
+    @property
+    def _kart(self):
+        return self._world.karts[self.num_karts - 1]  # the game puts its own karts first
+
+    def _heading(self):
+        """Where the kart's front points, radians from +z towards +x."""
+        front, location = self._kart.front, self._kart.location
+        return math.atan2(front[0] - location[0], front[2] - location[2])
 
     def observation(self):
         """The stacked pictures, uint8 (3 * frame_stack, height, width)."""
@@ -442,30 +646,31 @@ class TuxKartEnv(gym.Env):
                 self.step(action)
 
     def _drive(self, action):
-        control = self._stk.Action()
-        steer, pedal, drift, nitro = (int(a) for a in action)
-        control.steer, (control.acceleration, control.brake) = STEER[steer], PEDALS[pedal]
-        control.drift, control.nitro = bool(drift), bool(nitro)
+        """Holds the controls of an action for one decision. Returns them."""
+        controls = self._controls(action, self._speed, self.speeds)
+        if self.speed_cap is not None:
+            acceleration, brake = govern(self.speed_cap, self._speed)
+            slowed = {"acceleration": min(acceleration, controls.acceleration), "brake": brake or controls.brake}
+            controls = controls._replace(nitro=False, **slowed)
+        pressed = self._stk.Action()
+        for name in ("steer", "acceleration", "brake", "drift", "nitro", "fire", "rescue"):
+            setattr(pressed, name, getattr(controls, name))
         self._race.config.step_size = self.step_size / self.substeps
         for substep in range(self.substeps):
-            self._step(control if substep == 0 else None)  # the game makes its own of it from the first tick on
+            self._step(pressed if substep == 0 else None)  # the game makes its own of it from the first tick on
             if self.on_frame:
                 self.on_frame(self._race.render_data[0].image)
+        return controls
 
     def _step(self, control):
         self._set_clock(int(1000 * self._world.time))
         self._race.step(control) if control and self.driver == "agent" else self._race.step()
+        self._world.update()
 
     def _hold(self, seconds):
         """Lets game time pass without touching the controls, in one step and one picture."""
         self._race.config.step_size = seconds
         self._step(self._stk.Action())
-
-    def _kart_state(self):
-        """Race clock (s), the kart's location (3,) and its finish time (s, 0 before)."""
-        self._world.update()
-        kart = self._world.karts[0]
-        return self._world.time, np.array(kart.location, np.float64), kart.finish_time
 
     def _picture(self):
         """The newest picture, uint8 (3, height, width). A copy: the engine reuses its buffer."""
@@ -476,13 +681,14 @@ class TuxKartEnv(gym.Env):
     def _place(self, location, heading):
         """Puts the kart down at a location, facing `heading`, radians from +z towards +x."""
         rotation = (0.0, float(np.sin(heading / 2)), 0.0, float(np.cos(heading / 2)))  # x, y, z, w
-        self._stk.WorldState.set_kart_location(0, tuple(float(value) for value in location), rotation, 0.0)
+        location = tuple(float(value) for value in location)
+        self._stk.WorldState.set_kart_location(self.num_karts - 1, location, rotation, 0.0)
 
     def _disturb_start(self, location, heading):
         """Moves the kart aside, turns it and holds it back, by amounts drawn from the seed."""
         aside, askew = self.np_random.uniform(-2.0, 2.0), np.radians(self.np_random.uniform(-10.0, 10.0))
         delay = 0.05 * int(self.np_random.integers(5))
-        location = location + aside * np.array([np.cos(heading), 0.0, -np.sin(heading)])
+        location = np.array(location) + aside * np.array([np.cos(heading), 0.0, -np.sin(heading)])
         self._place(location, heading + askew)
         self._hold(1 / 120)
         if self.driver == "ai":  # it would drive off, so its clock gets the delay instead
@@ -500,16 +706,8 @@ class TuxKartEnv(gym.Env):
             middle = geometry.starts[node] + geometry.vectors[node] / 2
             self._place(middle + aside * right + [0.0, 0.5, 0.0], heading)
             self._hold(0.3)
-            if abs(self._kart_state()[1][1] - middle[1]) < 2.0:  # else it fell through a gap in the road
+            if abs(self.location[1] - middle[1]) < 2.0:  # else it fell through a gap in the road
                 return
-
-
-def progress_reward(gain, seconds, finished, failed):
-    """Reward of a step that gained `gain` metres in `seconds`.
-
-    The sum of the gains over a lap is the same for every lap, so of two finished laps the faster one earns more.
-    """
-    return 0.1 * gain - 0.5 * seconds + 10.0 * finished - 3.0 * failed
 
 
 if "TuxKart-v0" not in gym.registry:
@@ -534,7 +732,7 @@ class Agent(nn.Module):
 
     def __init__(self, observation_shape, nvec):
         super().__init__()
-        self.nvec = [int(n) for n in nvec]
+        self.nvec, self.epsilon = [int(n) for n in nvec], 0.0
         gain = 2**0.5
         self.convolutions = nn.Sequential(
             orthogonal(nn.Conv2d(observation_shape[0], 32, 8, stride=4), gain),
@@ -558,21 +756,29 @@ class Agent(nn.Module):
         return self.policy(hidden), self.value(hidden).squeeze(-1)
 
 
-def evaluate_actions(logits, actions, nvec):
+def evaluate_actions(logits, actions, nvec, epsilon=0.0):
     """Log-probability and entropy of independent categorical action dimensions.
 
-    logits: (B, sum(nvec)); actions: (B, len(nvec)). Returns (B,), (B,).
+    With `epsilon` the policy is the mixture with the uniform one, as `choose_actions` samples it; the entropy is that
+    of the categorical part. logits: (B, sum(nvec)); actions: (B, len(nvec)). Returns (B,), (B,).
     """
     logprobs, entropies = [], []
     for block, action in zip(logits.split(nvec, -1), actions.unbind(-1), strict=True):
         block = block.log_softmax(-1)
         logprobs.append(block.gather(-1, action[:, None]).squeeze(-1))
         entropies.append(-(block.exp() * block).sum(-1))
-    return torch.stack(logprobs).sum(0), torch.stack(entropies).sum(0)
+    logprobs = torch.stack(logprobs).sum(0)
+    if epsilon:
+        uniform = torch.full_like(logprobs, math.log(epsilon / math.prod(nvec)))
+        logprobs = torch.logaddexp(logprobs + math.log1p(-epsilon), uniform) if epsilon < 1 else uniform
+    return logprobs, torch.stack(entropies).sum(0)
 
 
-def choose_actions(logits, nvec, greedy=False, generator=None):
+def choose_actions(logits, nvec, greedy=False, generator=None, epsilon=0.0):
     """Most probable actions, or sampled ones (Gumbel-max). logits: (B, sum(nvec)) -> int64 (B, len(nvec))."""
+    if epsilon:  # flat logits for the rows that act uniformly
+        uniform = torch.rand(len(logits), 1, device=logits.device, generator=generator) < epsilon
+        logits = torch.where(uniform, 0.0, logits)
     if not greedy:
         logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
     return torch.stack([block.argmax(-1) for block in logits.split(nvec, -1)], -1)
@@ -601,7 +807,7 @@ def ppo_loss(agent, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
     detached scalars. The KL divergence is estimated by (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
     """
     logits, values = agent(batch["obs"])
-    logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec)
+    logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec, agent.epsilon)
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
     advantages = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
@@ -707,7 +913,9 @@ class Sampler:
                     self._receive(t - 1, g, episodes, last_pictures)
                 self.obs[t, columns] = torch.from_numpy(self.next_obs[g]).to(device)
                 self.logits[t, columns], self.values[t, columns] = agent(self.obs[t, columns])
-                self.actions[t, columns] = actions = choose_actions(self.logits[t, columns], agent.nvec)
+                self.actions[t, columns] = actions = choose_actions(
+                    self.logits[t, columns], agent.nvec, epsilon=agent.epsilon
+                )
                 self.groups[g].step_async(actions.cpu().numpy())
         for g in range(len(self.groups)):
             self._receive(len(self.obs) - 1, g, episodes, last_pictures)
@@ -730,7 +938,7 @@ class Sampler:
             if truncations[i]:
                 last_pictures.append((t, columns.start + int(i), infos["final_obs"][i]))
 
-    def batch(self, nvec, gamma, gae_lambda):
+    def batch(self, agent, gamma, gae_lambda):
         """The storage as one flat batch for `ppo_update`."""
         rewards, terminations, dones = (
             torch.from_numpy(a).to(self.obs.device) for a in (self.rewards, self.terminations, self.dones)
@@ -739,7 +947,8 @@ class Sampler:
         tensors = {"obs": self.obs, "actions": self.actions, "logits": self.logits, "values": self.values}
         tensors |= {"advantages": advantages, "returns": advantages + self.values}
         batch = {key: value.flatten(0, 1) for key, value in tensors.items()}
-        return batch | {"logprobs": evaluate_actions(batch.pop("logits"), batch["actions"], nvec)[0]}
+        logprobs, _ = evaluate_actions(batch.pop("logits"), batch["actions"], agent.nvec, agent.epsilon)
+        return batch | {"logprobs": logprobs}
 
     def close(self):
         for group in self.groups:
@@ -748,8 +957,7 @@ class Sampler:
 
 def make_env(args, track, random_start=0.0, driver="agent"):
     """A function without arguments that makes one environment, for AsyncVectorEnv."""
-    names = ("engine", "width", "height", "frame_stack", "step_size", "max_seconds", *RACE_SETTINGS)
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in ENV_SETTINGS + RACE_SETTINGS}
     return lambda: TuxKartEnv(track=track, random_start=random_start, driver=driver, **settings)
 
 
@@ -768,7 +976,8 @@ def run_races(envs, policy, seeds, keep_frames=0):
     """Drives one evaluation race per seed. policy: pictures (K, C, H, W) -> actions (K, A).
 
     Returns a list of dicts in the order of the seeds: the env's final info, the seed, the snapshot that replays the
-    race, and the newest picture of every decision, uint8 (T, H, W, 3), for the first `keep_frames` races.
+    race, its trail (x, z, speed), and, for the first `keep_frames` races, the newest picture of every decision,
+    uint8 (T, H, W, 3).
     """
     waiting, results = deque(seeds), {}
     racing = [None] * envs.num_envs  # the seed that each environment races
@@ -788,10 +997,10 @@ def run_races(envs, policy, seeds, keep_frames=0):
         obs, _, terminations, truncations, infos = envs.step(policy(obs))
         done = (terminations | truncations) & [seed is not None for seed in racing]
         if done.any():
-            snapshots = envs.get_attr("snapshot")
+            snapshots, trails = envs.get_attr("snapshot"), envs.get_attr("trail")
             for i in np.flatnonzero(done):
                 race = {key: infos[key][i] for key in infos if key[0] != "_"}
-                results[racing[i]] = race | {"seed": racing[i], "snapshot": snapshots[i]}
+                results[racing[i]] = race | {"seed": racing[i], "snapshot": snapshots[i], "trail": trails[i]}
                 racing[i] = None
             start_mask = done & (np.cumsum(done) <= len(waiting))
             if start_mask.any():
@@ -811,6 +1020,64 @@ def network_policy(agent, device, greedy, seed=0):
     return policy
 
 
+def wilson_interval(successes, trials, z=1.96):
+    """95% interval of a rate (Wilson 1927), as two shares."""
+    middle, spread = successes / trials + z**2 / (2 * trials), successes * (trials - successes) / trials + z**2 / 4
+    return tuple(float(v) / (1 + z**2 / trials) for v in (middle - z * spread**0.5 / trials,
+                                                          middle + z * spread**0.5 / trials))  # fmt: skip
+
+
+def lap_correlation(episodes):
+    """Correlation of return with lap time over finished laps; above 0 the reward prefers slow ones.
+
+    episodes: pairs (return, lap time), nan where it did not finish. None for fewer than ten laps, or equal ones.
+    """
+    laps = np.array([pair for pair in episodes if pair[1] == pair[1]], np.float64).T
+    if laps.size < 20 or np.ptp(laps, 1).min() < 1e-9:
+        return None
+    return float(np.corrcoef(laps)[0, 1])
+
+
+def action_shares(actions, sizes):
+    """How often each choice was made. actions: (T, A); sizes: {name: n}. Returns {name: (n,) shares}."""
+    columns = np.asarray(actions).reshape(-1, len(sizes)).T
+    return {
+        name: (np.bincount(column, minlength=size) / len(column)).tolist()
+        for (name, size), column in zip(sizes.items(), columns, strict=True)
+    }
+
+
+def draw_map(geometry, races, size=600):
+    """The road in gray, the races' trails from blue (slow) to red (fast), a black cross where one did not finish.
+
+    Returns uint8 (size, size, 3).
+    """
+    picture = np.full((size, size, 3), 255, np.uint8)
+    road = geometry.starts[:, [0, 2]]
+    corner, scale = road.min(0) - 20, (size - 1) / (np.ptp(road, 0).max() + 40)
+
+    def dot(x, z, radius, color):
+        column, row = (np.array([x, z]) - corner) * scale
+        top, left = max(int(row - radius), 0), max(int(column - radius), 0)
+        window = picture[top : int(row + radius) + 2, left : int(column + radius) + 2]
+        rows, columns = np.ogrid[: window.shape[0], : window.shape[1]]
+        window[(rows + top - row) ** 2 + (columns + left - column) ** 2 <= radius**2] = color
+
+    for start, vector, width in zip(geometry.starts, geometry.vectors, geometry.widths, strict=True):
+        for share in np.linspace(0, 1, 2 + int(np.hypot(vector[0], vector[2]))):
+            x, _, z = start + share * vector
+            dot(x, z, max(width / 2 * scale, 1), 210)
+    fastest = max([point[2] for race in races for point in race["trail"]], default=1)
+    for race in races:
+        for x, z, speed in race["trail"]:
+            dot(x, z, 1.2, (255 * speed / fastest, 60, 255 - 255 * speed / fastest))
+    for x, z, _ in [race["trail"][-1] for race in races if race["trail"] and not race["finished"]]:
+        for step in np.linspace(-5, 5, 21) / scale:
+            dot(x + step, z + step, 1, 0)
+            dot(x + step, z - step, 1, 0)
+    return picture[::-1]
+
+
 def summarize(races):
     """Figures of a set of races, for evaluation.json and the logs."""
     laps = [float(race["lap_time"]) for race in races if race["finished"]]
@@ -820,6 +1087,11 @@ def summarize(races):
         "lap_times": laps,
         "median": float(np.median(laps)) if laps else None,
         "best": min(laps) if laps else None,
+        "completion_interval": wilson_interval(len(laps), len(races)),
+        "ends": dict(Counter(str(race["end"]) for race in races)),
+        "wins": sum(bool(race["finished"] and race["position"] == 1) for race in races),
+        "mean_position": float(np.mean([race["position"] for race in races])),
+        "return_lap_correlation": lap_correlation([(race["return"], race["lap_time"]) for race in races]),
         "progress": float(np.mean([race["progress"] for race in races])),
         "off_track_seconds": float(np.mean([race["off_track_seconds"] for race in races])),
     }
@@ -856,10 +1128,12 @@ def write_mosaic(races, path, fps):
 
 
 def evaluate(args, checkpoint):
-    """Races a checkpoint, greedy and sampled, beside the game's AI; writes evaluation.json and two films."""
+    """Races a checkpoint, greedy and sampled, beside the game's AI; writes evaluation.json, two films and a map."""
+    import imageio.v2
+
     started, device, here, track = time.time(), pick_device(args.device), describe_setting(args), args.track[0]
     agent = Agent(here["observation"], here["actions"]).to(device)
-    load_weights(agent, checkpoint, args.evaluate)
+    load_weights(agent, checkpoint, args.evaluate, here)
     note_differences(checkpoint["made_on"], here)
     torch.set_num_threads(1)
 
@@ -867,13 +1141,14 @@ def evaluate(args, checkpoint):
     drivers = {
         "greedy": ("agent", network_policy(agent, device, greedy=True), 16),
         "sampled": ("agent", network_policy(agent, device, greedy=False, seed=args.eval_seed), 0),
-        "ai": ("ai", lambda obs: np.zeros((len(obs), 4), np.int64), 0),
+        "ai": ("ai", lambda obs: np.zeros((len(obs), len(here["actions"])), np.int64), 0),
     }
     races = {}
     for name, (driver, policy, keep_frames) in drivers.items():
         envs = race_envs(args, track, driver)
         try:
             races[name] = run_races(envs, policy, seeds, keep_frames)
+            geometry = envs.get_attr("geometry")[0]
         finally:
             envs.close(terminate=True)
 
@@ -882,25 +1157,38 @@ def evaluate(args, checkpoint):
     result |= {key: result["greedy"][key] for key in ("finished", "lap_times", "median", "off_track_seconds")}
     result |= {"ai_lap_times": result["ai"]["lap_times"], "ai_median": result["ai"]["median"]}
     result["ratio"] = result["median"] / result["ai_median"] if result["median"] and result["ai_median"] else None
+    actions = [action for race in races["greedy"] for action in race["snapshot"]["episodes"][-1]["actions"]]
+    result["action_shares"] = action_shares(actions, action_sizes(args.actions, args.speeds))
     folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
 
     print(f"{track}, {len(seeds)} races, {here['engine']} {here['engine_version']}, assets {here['assets']}")
-    print(f"{'':10}{'finished':>10}{'median':>10}{'best':>10}{'off track':>12}")
+    print(f"{'':10}{'finished':>10}{'of all (95%)':>14}{'median':>10}{'best':>10}{'off track':>12}{'won':>6}")
     for name in drivers:
         row = result[name]
         times = [f"{row[key]:.2f} s" if row[key] else "-" for key in ("median", "best")]
         done = f"{row['finished']}/{row['races']}"
-        print(f"{name:10}{done:>10}{times[0]:>10}{times[1]:>10}{row['off_track_seconds']:>10.2f} s")
+        low, high = row["completion_interval"]
+        print(
+            f"{name:10}{done:>10}{f'{low:.0%} to {high:.0%}':>14}{times[0]:>10}{times[1]:>10}"
+            f"{row['off_track_seconds']:>10.2f} s{row['wins']:>6}"
+        )
     if result["ratio"]:
         print(f"the agent's median is {result['ratio']:.3f} of the AI's")
+    correlation = result["greedy"]["return_lap_correlation"]
+    if correlation is not None:
+        prefers = "slow laps: try --reward progress" if correlation > 0 else "fast laps"
+        print(f"return and lap time correlate by {correlation:+.2f}: the reward prefers {prefers}")
+    never = [f"{name} {i}" for name, row in result["action_shares"].items() for i, share in enumerate(row) if not share]
+    print(f"never chosen: {', '.join(never) or 'nothing'}")
+    imageio.v2.imwrite(folder / "map.png", draw_map(geometry, races["greedy"]))
     write_mosaic(races["greedy"], folder / "mosaic.mp4", 1 / args.step_size)
     best = min(races["greedy"], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
     film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], folder / "best_race.mp4"))
     film.start()
     film.join()
-    print(f"written to {folder}/: evaluation.json, best_race.mp4, mosaic.mp4 ({time.time() - started:.0f} s)")
+    print(f"written to {folder}/: evaluation.json, map.png, best_race.mp4, mosaic.mp4 ({time.time() - started:.0f} s)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -938,8 +1226,14 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_weights(agent, checkpoint, path):
-    """Puts a checkpoint's weights into the network. Raises UsageError where they do not fit."""
+def load_weights(agent, checkpoint, path, here):
+    """Puts a checkpoint's weights into the network of the setting `here`. Raises UsageError where they do not fit."""
+    made_on = {"action_set": "drive"} | checkpoint["made_on"]
+    if any(made_on[key] != here[key] for key in ("action_set", "actions")):
+        wanted = f"--actions {made_on['action_set']}"
+        if made_on["action_set"] == "deepracer":
+            wanted += f" with {made_on['actions'][0] // 7} --speeds"
+        raise UsageError(f"{path} learnt other actions than this run's: type {wanted}, or another path.")
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:
@@ -951,7 +1245,8 @@ def describe_setting(args):
     """What a checkpoint is made on, as plain values."""
     engine = find_engine(args.engine)
     setting = {"engine": engine, "engine_version": engine_version(engine), "assets": find_assets(engine)[1]}
-    setting |= {"track": list(args.track), "actions": [len(STEER), len(PEDALS), 2, 2]}
+    sizes = action_sizes(args.actions, args.speeds)
+    setting |= {"track": list(args.track), "action_set": args.actions, "actions": list(sizes.values())}
     setting |= {"observation": [3 * args.frame_stack, args.height, args.width], "step_size": args.step_size}
     return setting | {key: getattr(args, key) for key in RACE_SETTINGS}
 
@@ -997,9 +1292,28 @@ class Logger:
         image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
+    def diagnose(self, actions, sizes, picture, step):
+        """What was chosen in each action's dimension, and the map of the evaluation races."""
+        for name, column in zip(sizes, actions.flatten(0, -2).unbind(-1), strict=True):
+            self.board.add_histogram(f"actions/{name}", column.cpu(), step)
+        self.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
+
     def close(self):
         self.file.close()
         self.board.close()
+
+
+def next_lesson(lesson, passed):
+    """The speed curriculum. lesson: the speed cap, the last one that was passed or None, and the increment, in m/s.
+
+    A passed cap rises by the increment. One that fails falls back to the last that was passed, and half the increment.
+    """
+    if passed:
+        return lesson | {"cap": lesson["cap"] + lesson["increment"], "passed": lesson["cap"]}
+    if lesson["passed"] is None:
+        return lesson
+    increment = max(lesson["increment"] / 2, 0.25)
+    return lesson | {"cap": lesson["passed"] + increment, "increment": increment}
 
 
 def train(args, checkpoint=None):
@@ -1011,16 +1325,18 @@ def train(args, checkpoint=None):
     agent = Agent(made_on["observation"], made_on["actions"]).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     iteration, elapsed, best, recent, logger = 0, 0.0, None, deque(maxlen=100), None
+    lesson, graduate = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}, None
     if checkpoint:
         folder = args.resume
         note_differences(checkpoint["made_on"], made_on)
-        load_weights(agent, checkpoint, folder)
+        load_weights(agent, checkpoint, folder, made_on)
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, elapsed, best = checkpoint["iteration"], checkpoint["elapsed"], checkpoint["best"]
         recent.extend(checkpoint["recent"])
+        lesson, graduate = checkpoint["lesson"], checkpoint["graduate"]
     else:
         if args.init_from:
-            load_weights(agent, load_checkpoint(args.init_from), args.init_from)
+            load_weights(agent, load_checkpoint(args.init_from), args.init_from, made_on)
         name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path("runs") / name
         if folder.exists():
@@ -1029,6 +1345,8 @@ def train(args, checkpoint=None):
     sampler = Sampler(args, device)
     arena = race_envs(args, args.track[0]) if args.eval_interval else None
     try:
+        for group in sampler.groups + ([arena] if arena else []):
+            group.set_attr("speed_cap", lesson["cap"])
         if checkpoint:
             print("driving the games back to where they were, at most a few minutes", flush=True)
             sampler.restore(checkpoint["episodes"])
@@ -1049,27 +1367,35 @@ def train(args, checkpoint=None):
         while iteration < iterations:
             started = time.time()
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
+            agent.epsilon = args.epsilon * (1 - iteration / iterations)
             torch.set_num_threads(1)  # the games have the other cores
             episodes = sampler.collect(agent)
             sampled = time.time()
             torch.set_num_threads(os.cpu_count() or 1)
-            metrics = ppo_update(agent, optimizer, sampler.batch(agent.nvec, args.gamma, args.gae_lambda), args)
+            metrics = ppo_update(agent, optimizer, sampler.batch(agent, args.gamma, args.gae_lambda), args)
             learnt = time.time()
             iteration += 1
             step = iteration * batch_size
 
-            columns = ("return", "progress", "finished", "lap_time")
+            columns = ["return", "progress", "finished", "lap_time", "position"]
+            columns += [f"reward/{name}" for name in parse_reward(args.reward)]
             recent.extend([float(episode[key]) for key in columns] for episode in episodes if episode["from_line"])
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if recent:
-                returns, progress, finished, laps = np.array(recent).T
+                returns, progress, finished, laps, positions, *parts = np.array(recent).T
                 metrics["charts/episodic_return"], metrics["charts/progress"] = returns.mean(), progress.mean()
                 metrics["charts/finish_rate"] = finished.mean()
+                metrics |= {f"charts/{name}": part.mean() for name, part in zip(columns[5:], parts, strict=True)}
+                if args.num_karts > 1:
+                    metrics["charts/position"], metrics["charts/win_rate"] = positions.mean(), (positions == 1).mean()
+                correlation = lap_correlation(list(zip(returns, laps, strict=True)))
+                if correlation is not None:
+                    metrics["charts/return_lap_correlation"] = correlation
                 if finished.any():
                     metrics["charts/lap_time"] = laps[finished > 0].mean()
                 bar.set_postfix(progress=f"{progress.mean():.0%}", finish=f"{finished.mean():.0%}", refresh=False)
-            if iteration % RELOAD_INTERVAL == 0:
-                sampler.reset(args.seed * 1_000_000 + iteration * args.num_envs)
+            reload = iteration % RELOAD_INTERVAL == 0
+            made_on["speed_cap"] = lesson["cap"]
             weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
             if args.eval_interval and (iteration % args.eval_interval == 0 or iteration == iterations):
                 torch.set_num_threads(1)
@@ -1081,11 +1407,30 @@ def train(args, checkpoint=None):
                 if summary["finished"]:
                     metrics |= {"eval/median_lap": summary["median"], "eval/best_lap": summary["best"]}
                 logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
+                sizes = action_sizes(args.actions, args.speeds)
+                logger.diagnose(sampler.actions, sizes, draw_map(arena.get_attr("geometry")[0], races), step)
                 note = f"{summary['median']:.2f} s" if summary["finished"] else f"progress {summary['progress']:.0%}"
                 bar.write(f"{step:>9} decisions: {summary['finished']}/{summary['races']} finished, {note}")
                 if best is None or score(summary) > tuple(best):
                     best = list(score(summary))
                     save_atomically(weights, folder / "best.pt")
+                if (metrics.get("charts/return_lap_correlation") or 0) > 0:
+                    bar.write("this reward pays more for slower laps: --reward progress does not")
+                if args.speed_curriculum:
+                    passed = summary["finished"] == summary["races"]
+                    if passed:
+                        graduate = {key: value.clone() for key, value in agent.state_dict().items()}
+                    elif graduate:
+                        agent.load_state_dict(graduate)
+                    reload |= next_lesson(lesson, passed) != lesson  # an episode is driven under one cap
+                    lesson = next_lesson(lesson, passed)
+                    bar.write(f"{'passed' if passed else 'failed'}: the speed cap is now {lesson['cap']:.4g} m/s")
+                    for group in [*sampler.groups, arena]:
+                        group.set_attr("speed_cap", lesson["cap"])
+            if reload:
+                sampler.reset(args.seed * 1_000_000 + iteration * args.num_envs)
+            if lesson["cap"]:
+                metrics["charts/speed_cap"] = lesson["cap"]
             spent = time.time() - started
             elapsed += spent
             metrics |= {"charts/SPS": batch_size / spent, "charts/sampling_SPS": batch_size / (sampled - started)}
@@ -1093,6 +1438,7 @@ def train(args, checkpoint=None):
             logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
             state = {"optimizer": optimizer.state_dict(), "elapsed": elapsed, "best": best, "recent": list(recent)}
             state |= {"episodes": sampler.snapshots(), "rng": torch.get_rng_state()}
+            state |= {"lesson": lesson, "graduate": graduate}
             state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
             save_atomically(weights | state, folder / "last.pt")
             bar.update(batch_size)
@@ -1147,12 +1493,18 @@ def check_args(args):
     limits |= {"num_steps": (2, np.inf), "eval_episodes": (1, np.inf), "eval_interval": (0, np.inf)}
     limits |= {"seed": (0, np.inf), "eval_seed": (0, np.inf), "width": (36, 2048), "height": (36, 2048)}
     limits |= {"random_start": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "learning_rate": (0, 1)}
-    limits |= {"step_size": (1 / 120, 1), "max_seconds": (1, np.inf)}
+    limits |= {"step_size": (1 / 120, 1), "max_seconds": (1, np.inf), "num_karts": (1, 20), "epsilon": (0, 1)}
+    limits |= {name: (1, np.inf) for name in ("speed_cap", "speed_curriculum") if getattr(args, name) is not None}
     for name, (least, most) in limits.items():
         value, flag = getattr(args, name), name.replace("_", "-")
         if not least <= value <= most:
             wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
             raise UsageError(f"--{flag} is {value}: type {wanted}.")
+    parse_reward(args.reward)
+    if min(args.speeds, default=0) <= 0:
+        raise UsageError("--speeds are metres a second above 0: type --speeds 8 16 24.")
+    if args.speed_curriculum and not (args.speed_cap and args.eval_interval):
+        raise UsageError("--speed-curriculum needs a cap to begin with and evaluations: type --speed-cap 8 as well.")
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
         raise UsageError(
@@ -1177,9 +1529,12 @@ def parse(argv):
     if not (args.resume or args.evaluate):
         return check_args(args), None
     checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")
-    saved = checkpoint["args"]
-    args = tyro.cli(Args, args=argv, default=Args(**saved))
-    changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name != "device"]
+    saved = Args(**checkpoint["args"])
+    if args.evaluate:
+        saved.speed_cap = checkpoint["made_on"].get("speed_cap")
+    args = tyro.cli(Args, args=argv, default=saved)
+    before = args_to_plain(saved)
+    changed = [name for name, value in args_to_plain(args).items() if value != before[name] and name != "device"]
     if args.resume and changed:
         flag = changed[0].replace("_", "-")
         raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --init-from.")

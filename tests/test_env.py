@@ -10,7 +10,7 @@ from conftest import in_process
 from gymnasium.utils.env_checker import check_env
 
 import ppo_tuxkart
-from ppo_tuxkart import TrackGeometry, TuxKartEnv, progress_reward
+from ppo_tuxkart import Moment, TrackGeometry, TuxKartEnv, progress_reward
 
 GAS, COAST, BRAKE = 0, 1, 2
 LEFT, STRAIGHT, RIGHT = 0, 2, 4
@@ -26,8 +26,12 @@ def square_track(reverse=False):
     return TrackGeometry(nodes, np.full((4, 1), 10.0), distances, 400.0)
 
 
+def locate_all(track, points):
+    return np.array([track.locate(point) for point in points]).T
+
+
 def test_locate_on_a_square():
-    along, offset, heading, width = square_track().locate([[2, 0, 30], [-3, 1, 60], [40, 0, 101], [50, 0, -4]])
+    along, offset, heading, width = locate_all(square_track(), [[2, 0, 30], [-3, 1, 60], [40, 0, 101], [50, 0, -4]])
     np.testing.assert_allclose(along, [30, 60, 140, 350])
     np.testing.assert_allclose(offset, [2, -3, -1, -4])  # right of the road is positive
     np.testing.assert_allclose(heading, [0, 0, np.pi / 2, -np.pi / 2])
@@ -35,21 +39,22 @@ def test_locate_on_a_square():
 
 
 def test_locate_on_a_reversed_square():
-    along, offset, heading, _ = square_track(reverse=True).locate([[2, 0, 30], [50, 0, -4]])
+    along, offset, heading, _ = locate_all(square_track(reverse=True), [[2, 0, 30], [50, 0, -4]])
     np.testing.assert_allclose(along, [370, 50])
     np.testing.assert_allclose(offset, [-2, 4])
     np.testing.assert_allclose(np.cos(heading), [-1, 0], atol=1e-12)
 
 
-def test_locate_takes_any_shape_and_the_nearest_level():
-    track = square_track()
-    points = np.random.default_rng(0).uniform(-10, 110, (3, 5, 3))
-    whole = track.locate(points)
-    for index in np.ndindex(3, 5):
-        np.testing.assert_allclose([values[index] for values in whole], track.locate(points[index]))
+def test_locate_finds_the_nearest_segment_and_level():
+    track, points = square_track(), np.random.default_rng(0).uniform(-10, 110, (100, 3))
+    share = np.linspace(0, 1, 2001)[:, None, None]  # 0.05 m apart
+    line = (track.starts + share * track.vectors).reshape(-1, 3)
+    for point, offset in zip(points, locate_all(track, points)[1], strict=True):
+        nearest = line[np.linalg.norm(point - line, axis=-1).argmin()]
+        assert abs(offset) == pytest.approx(np.hypot(*(point - nearest)[[0, 2]]), abs=0.05)
     nodes = [[[0, 0, 0], [0, 0, 50]], [[0, 9, 0], [0, 9, 50]]]  # a bridge over the road
     bridge = TrackGeometry(nodes, [8, 8], [[0, 50], [50, 100]], 100)
-    np.testing.assert_allclose(bridge.locate([[1, 0.5, 10], [1, 8.5, 10]])[0], [10, 60])
+    np.testing.assert_allclose(locate_all(bridge, [[1, 0.5, 10], [1, 8.5, 10]])[0], [10, 60])
 
 
 def test_gain_goes_the_shorter_way_over_the_line():
@@ -63,12 +68,12 @@ def test_of_two_laps_the_faster_one_earns_more():
     def lap(speeds):
         distances = np.asarray(speeds, float) * 0.15
         distances *= 1300 / distances.sum()
-        return sum(progress_reward(d, 0.15, False, False) for d in distances) + progress_reward(0, 0, True, False)
+        return sum(progress_reward(Moment(d, 0.15)) for d in distances) + progress_reward(Moment(0, 0, finished=True))
 
     slow, fast = lap(np.ones(400)), lap(np.random.default_rng(0).uniform(0.2, 1, 350))
     assert fast - slow == pytest.approx(50 * 0.15 * 0.5)
-    assert progress_reward(0.0, 1.0, False, False) < 0  # standing still never pays
-    assert progress_reward(0.0, 0.0, False, True) < 0 < progress_reward(0.0, 0.0, True, False)
+    assert progress_reward(Moment(0.0, 1.0)) < 0  # standing still never pays
+    assert progress_reward(Moment(0.0, 0.0, failed=True)) < 0 < progress_reward(Moment(0.0, 0.0, finished=True))
 
 
 def every_track(engine):
@@ -82,10 +87,10 @@ def every_track(engine):
             env.reset(seed=0)
             geometry, length = env.geometry, env.geometry.length
             middles = geometry.starts + geometry.vectors / 2
-            along, offset, heading, _ = geometry.locate(middles)
+            along, offset, heading, _ = locate_all(geometry, middles)
             expected = geometry.distances.mean(1) % length
             start = min(env._along, length - env._along)
-            at_ends = geometry.locate(np.stack([geometry.starts[0] - 1e-3, geometry.starts[0] + 1e-3]))[0]
+            at_ends = locate_all(geometry, geometry.starts[:1] + [[-1e-3], [1e-3]])[0]
             ours, engines = [], []
             for _ in range(150):
                 env.step([STRAIGHT, GAS, 0, 0])
@@ -147,12 +152,12 @@ def test_gymnasium_contract(engine):
 def drive(engine, actions, random_start=0.0, seed=0, settings=None, options=None):
     """One episode with a fixed action: observations, rewards, the last info, and positions."""
     env = TuxKartEnv(engine=engine, random_start=random_start, **settings or {})
-    observations, rewards, positions = [env.reset(seed=seed, options=options)[0]], [], [env._kart_state()[1]]
+    observations, rewards, positions = [env.reset(seed=seed, options=options)[0]], [], [env.location]
     for action in actions:
         observation, reward, terminated, truncated, info = env.step(action)
         observations.append(observation.copy())
         rewards.append(reward)
-        positions.append(env._kart_state()[1])
+        positions.append(env.location)
         if terminated or truncated:
             break
     env.close()
@@ -195,10 +200,8 @@ def random_starts(engine):
     rows = []
     for seed in range(12):
         env.reset(seed=seed)
-        _, location, _ = env._kart_state()
-        along, offset, heading, width = env.geometry.locate(location)
-        front = np.array(env._world.karts[0].front) - location
-        askew = np.angle(np.exp(1j * (np.arctan2(front[0], front[2]) - heading)))
+        along, offset, heading, width = env.geometry.locate(env.location)
+        askew = np.angle(np.exp(1j * (env._heading() - heading)))
         for _ in range(10):
             env.step([STRAIGHT, GAS, 0, 0])
         rows.append([along, abs(offset) / width, askew, env._progress])
@@ -220,9 +223,7 @@ def races(engine, driver):
     rows = []
     for seed in range(5):
         env.reset(seed=seed, options={"race": True})
-        now, location, _ = env._kart_state()
-        front = np.array(env._world.karts[0].front) - location
-        rows.append([*location, np.arctan2(front[0], front[2]), now + env._handicap])
+        rows.append([*env.location, env._heading(), env._world.time + env._handicap])
     env.close()
     return np.array(rows)
 
@@ -275,7 +276,7 @@ def drive_on(engine, steps):
     env.reset(seed=4)
     play(env, generator, 200)
     snapshot = copy.deepcopy(env.snapshot)
-    position = np.hstack(env._kart_state())
+    position = np.array([env._world.time, *env.location])
     pictures = play(env, generator, steps)
     env.close()
     return snapshot, position, pictures
@@ -285,7 +286,7 @@ def resume(engine, snapshot, steps):
     env, generator = TuxKartEnv(engine=engine, random_start=0.5), np.random.default_rng(0)
     generator.integers([5, 3, 2, 2], size=(220, 4))  # what was driven before
     env.snapshot = snapshot
-    position = np.hstack(env._kart_state())
+    position = np.array([env._world.time, *env.location])
     pictures = play(env, generator, steps)
     env.close()
     return position, pictures
@@ -321,7 +322,7 @@ def filmed(engine):
         env.substeps, generator = substeps, np.random.default_rng(0)
         env.reset(seed=7, options={"race": True})
         play(env, generator, 40)
-        ways.append(np.hstack(env._kart_state()))
+        ways.append(np.array([env._world.time, *env.location]))
     env.close()
     return ways
 

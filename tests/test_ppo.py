@@ -85,7 +85,7 @@ class SB3Network(torch.nn.Module):
 
     def __init__(self, policy, nvec):
         super().__init__()
-        self.policy, self.nvec = policy, nvec
+        self.policy, self.nvec, self.epsilon = policy, nvec, 0.0
 
     def forward(self, obs):
         policy_features, value_features = self.policy.mlp_extractor(self.policy.extract_features(obs))
@@ -148,7 +148,7 @@ def test_target_kl_stops_an_update_early():
 
 def test_clipped_value_loss_takes_the_worse_of_both():
     agent = lambda obs: (torch.zeros(2, 2), torch.tensor([1.0, 0.1]))  # noqa: E731
-    agent.nvec = [2]
+    agent.nvec, agent.epsilon = [2], 0.0
     batch = {"obs": None, "actions": torch.zeros(2, 1, dtype=torch.int64), "logprobs": torch.full((2,), 0.5).log()}
     batch |= {"values": torch.zeros(2), "advantages": torch.tensor([1.0, -1.0]), "returns": torch.tensor([2.0, 0.0])}
     _, scalars = ppo_tuxkart.ppo_loss(agent, batch, 0.2, True, 0.0, 0.5)

@@ -52,7 +52,7 @@ def bare_game(settings, seed, pipe):
     while (order := pipe.recv()) is not None:
         for (steer, pedal, drift, nitro), done in zip(*order, strict=True):
             control = stk.Action()
-            control.steer, (control.acceleration, control.brake) = ppo_tuxkart.STEER[steer], ppo_tuxkart.PEDALS[pedal]
+            control.steer, control.acceleration, control.brake = steer / 2 - 1, float(pedal == 0), pedal == 2
             control.drift, control.nitro = bool(drift), bool(nitro)
             env._set_clock(int(1000 * clock))  # the scenery moves, as it does in a game left to itself
             race.config.step_size = step_size
@@ -64,7 +64,8 @@ def bare_game(settings, seed, pipe):
                 clock = 1 / 120
                 race.config.step_size = 1 / 120  # the environment's first look at the new race
                 race.step(stk.Action())
-        pipe.send(env._kart_state()[1])
+        env._world.update()
+        pipe.send(env.location)
 
 
 def cpu_seconds(pids):
@@ -82,7 +83,7 @@ def main(settings):
     agent = ppo_tuxkart.Agent((3 * args.frame_stack, args.height, args.width), (5, 3, 2, 2))
     if settings.checkpoint:
         checkpoint = ppo_tuxkart.load_checkpoint(settings.checkpoint)
-        ppo_tuxkart.load_weights(agent, checkpoint, settings.checkpoint)
+        ppo_tuxkart.load_weights(agent, checkpoint, settings.checkpoint, ppo_tuxkart.describe_setting(args))
     context = multiprocessing.get_context("fork")
     pipes, bare_pids = [], []
     for seed in range(settings.num_envs):
@@ -107,7 +108,7 @@ def main(settings):
             pipe.send((sampler.actions[:, i].tolist(), sampler.dones[:, i].tolist()))
         ends = [pipe.recv() for pipe in pipes]
         ended = time.perf_counter()
-        places = [state[1] for group in sampler.groups for state in group.call("_kart_state")]
+        places = [place for group in sampler.groups for place in group.get_attr("location")]
         off.append(float(np.abs(np.array(places) - np.array(ends)).max()))
         if number == 0:
             used = {party: cpu_seconds(pids) for party, pids in parties.items()}
