@@ -345,3 +345,32 @@ def test_software_rendering_hides_anisotropic_filtering(monkeypatch):
         ppo_tuxkart.load_engine("pystk2")
         assert ("anisotropic" in environment.get("MESA_EXTENSION_OVERRIDE", "")) == (not gpu)
         assert environment.get("LP_NUM_THREADS") == (None if gpu else "0")
+
+
+def to_the_line(engine):
+    """An episode that starts anywhere near the line and crosses it, and one step over the line from the start."""
+    env = TuxKartEnv(engine=engine, random_start=1.0)
+    for seed in range(200):
+        env.reset(seed=seed)
+        if env._distance < 150:
+            break
+    along, distance, length = env._along, env._distance, env.geometry.length
+    rewards, info, line = [], {}, 0.0
+    env.speed_cap = 12.0
+    while not info:
+        line = env._along
+        heading = env._heading()
+        target = env.geometry.locate(env.location)
+        turn = np.angle(np.exp(1j * (target[2] - 0.03 * target[1] - heading)))
+        _, reward, terminated, _, info = env.step([int(np.clip(round(2 + 4 * turn), 0, 4)), GAS, 0, 0])
+        rewards.append(reward)
+    env.close()
+    return along, distance, length, line, rewards, terminated, info
+
+
+def test_an_episode_from_anywhere_ends_at_the_line_like_a_lap(engine):
+    along, distance, length, line, rewards, terminated, info = in_process(to_the_line, engine)
+    assert distance == pytest.approx(length - along)
+    assert info["end"] == "line" and terminated and not info["finished"] and np.isnan(info["lap_time"])
+    assert length - line < 5.0  # the step before was just short of it
+    assert rewards[-1] > 9.0 and max(rewards[:-1]) < 1.0
