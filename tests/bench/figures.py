@@ -55,7 +55,7 @@ def curves(settings):
             weights.plot(column("global_step", rows) / 1e6, column("charts/progress", rows), label=label)
     rate.set(xlabel="million decisions", ylabel="races finished", ylim=(0, 1.02))
     laps.set(xlabel="million decisions", ylabel="median lap, greedy (s)")
-    weights.set(xlabel="million decisions", ylabel="lap covered, sampled", title="the value loss's weight", ylim=(0, 1.02))
+    weights.set(xlabel="million decisions", ylabel="lap covered, sampled", ylim=(0, 1.02), title="value loss's weight")
     for axes in (rate, laps, weights):
         axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,8 @@ def main():
             process.wait(PERIOD)
             break
         except subprocess.TimeoutExpired:
-            samples.append({"minute": round((time.time() - started) / 60, 2), "rss_mb": round(resident_mb(process.pid), 1)})
+            minute = round((time.time() - started) / 60, 2)
+            samples.append({"minute": minute, "rss_mb": round(resident_mb(process.pid), 1)})
             result.write_text(json.dumps({"command": command, "samples": samples}, indent=1) + "\n")
     sys.exit(process.returncode)
 
