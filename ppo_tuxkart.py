@@ -527,7 +527,7 @@ class TuxKartEnv(gym.Env):
         gain = min(self.geometry.gain(self._along, along), TOP_SPEED * self.step_size)
         self._along, self._progress, self._speed = along, self._progress + gain, math.hypot(*kart.velocity)
         if self._in_race:
-            self.trail.append((kart.location[0], kart.location[2], self._speed))
+            self.trail.append((now, *kart.location, self._speed))
         if self._progress > self._best + STUCK_METRES:
             self._best, self._best_at = self._progress, now
         off_track = max(abs(offset) - width / 2, 0.0)
@@ -982,7 +982,7 @@ def run_races(envs, policy, seeds, keep_frames=0):
     """Drives one evaluation race per seed. policy: pictures (K, C, H, W) -> actions (K, A).
 
     Returns a list of dicts in the order of the seeds: the env's final info, the seed, the snapshot that replays the
-    race, its trail (x, z, speed), and, for the first `keep_frames` races, the newest picture of every decision,
+    race, its trail (clock, x, y, z, speed), and, for the first `keep_frames` races, the newest picture of every decision,
     uint8 (T, H, W, 3).
     """
     waiting, results = deque(seeds), {}
@@ -1073,11 +1073,12 @@ def draw_map(geometry, races, size=600):
         for share in np.linspace(0, 1, 2 + int(np.hypot(vector[0], vector[2]))):
             x, _, z = start + share * vector
             dot(x, z, max(width / 2 * scale, 1), 210)
-    fastest = max([point[2] for race in races for point in race["trail"]], default=1)
+    fastest = max([point[-1] for race in races for point in race["trail"]], default=1)
     for race in races:
-        for x, z, speed in race["trail"]:
+        for _, x, _, z, speed in race["trail"]:
             dot(x, z, 1.2, (255 * speed / fastest, 60, 255 - 255 * speed / fastest))
-    for x, z, _ in [race["trail"][-1] for race in races if race["trail"] and not race["finished"]]:
+    ends = [race["trail"][-1] for race in races if race["trail"] and not race["finished"]]
+    for _, x, _, z, _ in ends:
         for step in np.linspace(-5, 5, 21) / scale:
             dot(x + step, z + step, 1, 0)
             dot(x + step, z - step, 1, 0)
