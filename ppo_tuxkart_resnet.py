@@ -1321,8 +1321,8 @@ def run_races(envs, policy, seeds, keep_frames=0, color="rgb"):
     """Drives one evaluation race per seed. policy: pictures (K, C, H, W), starts (K,) -> actions (K, A).
 
     Returns a list of dicts in the order of the seeds: the env's final info, the seed, the snapshot that replays the
-    race, its trail (clock, x, y, z, speed), and, for the first `keep_frames` races, the newest picture of every decision,
-    uint8 (T, H, W, 3).
+    race, its trail (clock, x, y, z, speed), and, for the first `keep_frames` races, the newest picture of every
+    decision, uint8 (T, H, W, 3).
     """
     waiting, results = deque(seeds), {}
     racing = [None] * envs.num_envs  # the seed that each environment races
