@@ -345,7 +345,7 @@ def parse_reward(parts):
         name, _, weight = part.partition(":")
         if name not in REWARDS:
             close = difflib.get_close_matches(name, REWARDS, 1, 0)[0]
-            raise UsageError(f"There is no reward {name}: type --reward {close}, or of {', '.join(REWARDS)}.")
+            raise UsageError(f"There is no reward {name}: type --reward {close}, or one of {', '.join(REWARDS)}.")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -1507,7 +1507,8 @@ def check_args(args):
         if not least <= value <= most:
             wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
             raise UsageError(f"--{flag} is {value}: type {wanted}.")
-    parse_reward(args.reward)
+    if not (args.track and parse_reward(args.reward)):
+        raise UsageError("--track and --reward each need a name: type --track scotland --reward progress.")
     if min(args.speeds, default=0) <= 0:
         raise UsageError("--speeds are metres a second above 0: type --speeds 8 16 24.")
     if args.speed_curriculum and not (args.speed_cap and args.eval_interval):

@@ -12,6 +12,13 @@ from conftest import run
 import ppo_tuxkart
 
 MISTAKES = {
+    "--reward progess": "type --reward progress, or one of",
+    "--reward zigzag:much": "type --reward zigzag:0.5",
+    "--reward": "type --track scotland --reward progress",
+    "--actions deepracer --speeds 8 0": "type --speeds 8 16 24",
+    "--speed-curriculum 2": "type --speed-cap 8 as well",
+    "--num-karts 21": "type a number from 1 to 20",
+    "--epsilon 1.1": "type a number from 0 to 1",
     "--track scotlnd": "type --track scotland",
     "--track olivermath --reverse --kart tuxx": "type --kart tux",
     "--track battleisland": "There is no track battleisland",
