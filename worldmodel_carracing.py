@@ -375,8 +375,8 @@ def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda c
     obs = np.zeros((count, SIZE, SIZE, 3), np.uint8)
     state = (torch.zeros(1, count, HIDDEN), torch.zeros(1, count, HIDDEN))
     weights = torch.zeros(count, *controllers.shape[1:])
-    z, actions = torch.zeros(count, LATENTS), torch.zeros(count, 3)
-    more = True
+    z, actions, more = torch.zeros(count, LATENTS), torch.zeros(count, 3), True
+    chosen = actions.numpy()  # the same memory
     while True:
         for i in range(count):
             if slots[i] is None and more:
@@ -402,22 +402,20 @@ def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda c
                 mu = mu + torch.exp(logvar / 2) * torch.from_numpy(noise)
             z[busy] = mu
             wanted = wanted_actions(z, state[0][0], weights)
-            actions = squash(wanted)
+            actions[:] = squash(wanted)
         for i in busy:
             slot = slots[i]
             job = slot["job"]
             if job["controller"] is None or "noise" in job:
-                own = None if job["controller"] is None else actions[i].numpy()
-                actions[i] = torch.from_numpy(explore(slot, own))
-            action = actions[i].numpy().copy()
+                chosen[i] = explore(slot, None if job["controller"] is None else chosen[i])
             before = obs[i].copy() if job.get("keep") else None
-            obs[i], reward, terminated, truncated, info = envs[i].step(action)
+            obs[i], reward, terminated, truncated, info = envs[i].step(chosen[i].copy())
             slot["return"] += reward
             slot["frames"] += 1
             slot["idle"] = slot["idle"] + 1 if reward < 0 else 0
             if job.get("keep"):
                 own = np.full(3, np.nan) if job["controller"] is None else wanted[i].numpy().copy()
-                slot["kept"].append((before, np.array([*action, reward, slot["frames"] == 1, terminated, *own])))
+                slot["kept"].append((before, np.array([*chosen[i], reward, slot["frames"] == 1, terminated, *own])))
             hopeless = job.get("abort") and slot["idle"] >= PATIENCE and slot["frames"] > GRACE
             if terminated or truncated or hopeless or slot["frames"] >= job["limit"]:
                 if hopeless and not terminated:
@@ -888,8 +886,8 @@ def stage_collect(run, round_):
         jobs = []
         for episode in range(state["collected"], state["collected"] + batch):
             choice = np.random.default_rng([args.seed, round_, episode])
-            job = {"seed": FOOTAGE_TRACKS + 1_000_000 * round_ + episode, "controller": None if round_ == 1 else 0, "limit": limit}
-            job |= {"keep": True, "place": choice.random() * (choice.random() < 0.8)}
+            job = {"seed": FOOTAGE_TRACKS + 1_000_000 * round_ + episode, "limit": limit, "keep": True}
+            job |= {"controller": None if round_ == 1 else 0, "place": choice.random() * (choice.random() < 0.8)}
             if round_ == 1 or episode % 3:
                 job["noise"] = (args.seed * 1000 + round_, 0 if round_ == 1 else episode % 3)
             jobs.append(job)
@@ -1015,7 +1013,7 @@ def translate_controller(run, round_):
         features = torch.cat([features[:, :LATENTS], features[:, -1:]], 1)
     square = features.T @ features + 1e-3 * len(features) * torch.eye(features.shape[1])
     controller = torch.linalg.solve(square, features.T @ wanted).T
-    left = (features @ controller.T - wanted).square().mean() / wanted.var()
+    left = (features @ controller.T - wanted).square().mean() / wanted.var().clamp(min=1e-9)
     print(f"controller taken over to the new V and M; share of its wishes not explained: {left:.3f}")
     return controller.float()
 
@@ -1276,7 +1274,7 @@ def film_lap(agent, seed, sample_z, path):
 
 @torch.no_grad()
 def film_dream(args, checkpoint):
-    """Writes a film of reality, what V keeps of it and M's dream under the same actions, and a picture of the latents."""
+    """Writes a film of reality, what V keeps of it and M's dream under the same actions; and a picture of V."""
     import imageio.v2
     import imageio.v3
 
@@ -1345,7 +1343,8 @@ def check_args(args, done=()):
     limits = {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "vision_batch", "tracks")}
     limits |= {name: (1, np.inf) for name in ("memory_batch", "dream_starts", "dream_steps", "validation_tracks")}
     limits |= {name: (0, np.inf) for name in ("vision_epochs", "memory_epochs", "dream_generations")}
-    limits |= {"seed": (0, 70), "population": (4, np.inf), "generations": (1, np.inf), "max_frames": (60, 1000), "eval_seed": (0, 900_000)}
+    limits |= {"seed": (0, 70), "population": (4, np.inf), "generations": (1, np.inf), "max_frames": (60, 1000)}
+    limits["eval_seed"] = (0, 900_000)  # the tracks to learn on come after
     limits |= {"collect_frames": (100, np.inf), "vision_lr": (0, 1), "memory_lr": (0, 1), "sigma": (1e-6, 10)}
     limits |= {"temperature": (0.01, 10), "dream_dropout": (0, 0.99)} | ({"workers": (1, 1024)} if args.workers else {})
     for name, (least, most) in limits.items():
