@@ -791,7 +791,7 @@ class Logger:
         self.board.close()
 
 
-LOG_EVERY = {"vision": 100, "memory": 20}  # minibatches
+LOG_EVERY = {"vision": 100, "memory": 20}  # minibatches, or a tenth of the stage where that is less
 
 
 class Run:
@@ -915,7 +915,7 @@ def stage_vision(run, round_):
     run.footage.open(round_)
     run.start_optimizer(vision.parameters(), args.vision_lr)
     total = args.vision_epochs * len(run.footage) // args.vision_batch
-    bar, sums = run.bar(round_, "vision", total), []
+    bar, sums, every = run.bar(round_, "vision", total), [], min(LOG_EVERY["vision"], total // 10 or 1)
     while state["step"] < total:
         chance = run.randomness(round_, 1, state["step"])
         run.optimizer.param_groups[0]["lr"] = args.vision_lr * (1 - 0.9 * state["step"] / total)
@@ -930,12 +930,12 @@ def stage_vision(run, round_):
         state["step"] += 1
         sums.append(torch.stack([loss, error, kl]).detach())
         bar.update()
-        if state["step"] % LOG_EVERY["vision"] == 0 or state["step"] == total:
+        if state["step"] % every == 0 or state["step"] == total:
             loss, error, kl = torch.stack(sums).mean(0).tolist()
             sums = []
             bar.set_postfix(error=f"{error:.1f}", KL=f"{kl:.1f}")
             run.log({"vision/loss": loss, "vision/squared_error": error, "vision/KL": kl})
-            if state["step"] % (10 * LOG_EVERY["vision"]) == 0 or state["step"] == total:
+            if state["step"] % (10 * every) == 0 or state["step"] == total:
                 pair = np.concatenate([pictures[:8].cpu().numpy(), to_pictures(decoded[:8].detach())])
                 grid = pair.reshape(2, -1, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(2 * SIZE, -1, 3)
                 run.logger.board.add_image("vision/reconstruction", grid, run.iteration, dataformats="HWC")
@@ -967,7 +967,7 @@ def stage_memory(run, round_):
     episodes, rows = run.footage.episodes()
     run.start_optimizer(memory.parameters(), args.memory_lr)
     total = args.memory_epochs * len(episodes) // args.memory_batch
-    bar, sums = run.bar(round_, "memory", total), []
+    bar, sums, every = run.bar(round_, "memory", total), [], min(LOG_EVERY["memory"], total // 10 or 1)
     while state["step"] < total:
         chance = run.randomness(round_, 2, state["step"])
         run.optimizer.param_groups[0]["lr"] = args.memory_lr * (1 - 0.9 * state["step"] / total)
@@ -985,7 +985,7 @@ def stage_memory(run, round_):
         state["step"] += 1
         sums.append(torch.stack(losses).detach())
         bar.update()
-        if state["step"] % LOG_EVERY["memory"] == 0 or state["step"] == total:
+        if state["step"] % every == 0 or state["step"] == total:
             names = ("memory/loss", "memory/NLL_per_latent", "memory/reward_error", "memory/end_error")
             values = torch.stack(sums).mean(0).tolist()
             sums = []

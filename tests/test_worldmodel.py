@@ -214,7 +214,7 @@ FUNCTIONS = {
         1e-9,
         0.1,
     ),
-    "rastrigin": (lambda x: (10 + x**2 - 10 * np.cos(2 * np.pi * x)).sum(-1), 120, 1e-3, 2.0),
+    "rastrigin": (lambda x: (10 + x**2 - 10 * np.cos(2 * np.pi * x)).sum(-1), 400, 1e-3, 2.0),
 }
 
 
@@ -228,7 +228,7 @@ def evaluations(function, population, target, sigma, seed, active, reference):
         search = cma.CMAEvolutionStrategy(start, sigma, options | {"tolfunhist": 0, "tolflatfitness": 99999})
     else:
         search = wm.CMAES(start, sigma, population, seed, active)
-    for generation in range(1, (8000 if population < 20 else 42_000) // population):
+    for generation in range(1, (8000 if population < 20 else 48_000) // population):
         candidates = search.ask()
         costs = function(np.array(candidates))
         if costs.min() < target:
@@ -322,7 +322,7 @@ def test_giving_up_costs_what_standing_still_costs():
 # --- Whole runs
 
 LEARN = ("collect", "vision", "memory", "controller")
-SMALL = ["--collect-frames", 600, "--vision-epochs", 2, "--vision-batch", 4, "--memory-epochs", 4, "--memory-batch", 3]
+SMALL = ["--collect-frames", 600, "--vision-epochs", 1, "--vision-batch", 20, "--memory-epochs", 4, "--memory-batch", 3]
 SMALL += ["--population", 6, "--tracks", 1, "--generations", 3, "--dream-generations", 2, "--dream-starts", 2]
 SMALL += ["--dream-steps", 10, "--max-frames", 80, "--validation-tracks", 2, "--eval-interval", 2, "--rounds", 2]
 SMALL += ["--eval-episodes", 2]
@@ -407,7 +407,7 @@ def test_killed_and_resumed_is_never_killed(whole):
     cwd, expected = whole[0], rows_of(whole[1])
     folder, where = cwd / "runs" / "killed", {"cwd": cwd, **SCRIPT}
     learn = ["--stages", *LEARN, "--workers", 1]
-    process, _, workers = start_and_signal(SIGKILL, 2, folder, *SMALL, *learn, "--name", "killed", **where)
+    process, _, workers = start_and_signal(SIGKILL, 4, folder, *SMALL, *learn, "--name", "killed", **where)
     assert process.returncode == -SIGKILL and workers and not alive(workers)
     assert torch.load(folder / "last.pt", weights_only=True)["done"] == [[1, "collect"]]
     real = next(number for number, row in enumerate(expected, 1) if "real/return_mean" in row)
