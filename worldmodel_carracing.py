@@ -67,7 +67,7 @@ class Args:
 
     # collect, V and M
     collect_frames: int = 100_000  # frames to collect in a round
-    vision_epochs: int = 8  # passes of V over all the frames, in a round
+    vision_epochs: int = 5  # passes of V over all the frames, in a round
     vision_batch: int = 100  # frames of V's minibatch
     vision_lr: float = 5e-4  # Adam's step size for V at the start of a round; it falls linearly to a tenth
     memory_epochs: int = 40  # passes of M over all the episodes, in a round; 0 leaves M untrained
@@ -79,7 +79,7 @@ class Args:
     sample_z: bool = False  # C and M see a sample of V's latents instead of their mean
     population: int = 64  # candidates of a generation
     tracks: int = 4  # tracks that every candidate of a generation drives, the same for all
-    generations: int = 100  # generations on real tracks, in a round
+    generations: int = 90  # generations on real tracks, in a round
     sigma: float = 0.1  # CMA-ES's step size at the start
     max_frames: int = 1000  # frames after which a rollout ends
     validation_tracks: int = 32  # tracks that score the mean controller and choose best.pt
