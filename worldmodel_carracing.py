@@ -1,0 +1,1411 @@
+"""World Models learns to drive Gymnasium's CarRacing-v3 from pixels.
+
+Ha & Schmidhuber 2018 (https://arxiv.org/abs/1803.10122): a variational autoencoder sees (V), a recurrent network with a
+mixture density output remembers and foretells (M), and a linear controller of 867 weights drives (C), found by CMA-ES
+(Hansen 2016, https://arxiv.org/abs/1604.00772), in M's dream first and then on the real tracks.
+
+    python worldmodel_carracing.py                               # all of it, from nothing; lands in runs/<name>/
+    python worldmodel_carracing.py --quick                       # the same in minutes, to see every part work
+    python worldmodel_carracing.py --resume runs/<name>          # go on as if never stopped
+    python worldmodel_carracing.py --evaluate runs/<name>/best.pt
+    python worldmodel_carracing.py --dream runs/<name>/best.pt   # a film of the dream beside reality
+    tensorboard --logdir runs                                    # watch it
+
+Pictures are drawn by FastCarRacing, over Gymnasium's own tracks and physics; scores are played in Gymnasium's own
+CarRacing-v3, untouched.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+import gymnasium as gym
+import numpy as np
+import pygame
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium.envs.box2d import car_dynamics, car_racing
+from torch import nn
+
+STAGES = ("collect", "vision", "memory", "controller", "evaluate")
+
+
+@dataclasses.dataclass
+class Args:
+    """World Models that drive CarRacing-v3 from pixels. No flag is needed."""
+
+    seed: int = 1  # seed of the networks, the minibatches, the search and the tracks to learn on
+    name: str | None = None  # the run's folder under runs/ (default: seed and time)
+    resume: Path | None = None  # run folder to go on with as if never stopped; its settings are kept
+    evaluate: Path | None = None  # checkpoint to drive in Gymnasium's own CarRacing-v3; no learning
+    dream: Path | None = None  # checkpoint to film dreaming beside reality; no learning
+    quick: bool = False  # settings for a run of minutes, where you type no others
+    stages: tuple[Literal["collect", "vision", "memory", "controller", "evaluate"], ...] = STAGES  # stages to run now
+    rounds: int = 2  # times through the stages; from the second on, V and M see the controller's own driving
+    eval_episodes: int = 100  # tracks per evaluation
+    eval_seed: int = 1000  # seed of the first evaluation track; the others follow
+    eval_fast: bool = False  # evaluate in FastCarRacing as well, on the same tracks
+    eval_interval: int = 5  # generations between the mean controller's validations on fresh tracks
+    workers: int | None = None  # driving processes (default: one for each core)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn and dream; auto takes the GPU if there is one
+
+    # collect, V and M
+    collect_frames: int = 100_000  # frames to collect in a round
+    vision_epochs: int = 5  # passes of V over all the frames, in a round
+    vision_batch: int = 100  # frames of V's minibatch
+    vision_lr: float = 5e-4  # Adam's step size for V at the start of a round; it falls linearly to a tenth
+    memory_epochs: int = 40  # passes of M over all the episodes, in a round; 0 leaves M untrained
+    memory_batch: int = 16  # episodes of M's minibatch
+    memory_lr: float = 1e-3  # Adam's step size for M at the start of a round; it falls linearly to a tenth
+
+    # C
+    controller_input: Literal["zh", "z"] = "zh"  # what C sees: V's latents and M's hidden state, or the latents alone
+    sample_z: bool = False  # C and M see a sample of V's latents instead of their mean
+    population: int = 64  # candidates of a generation
+    tracks: int = 4  # tracks that every candidate of a generation drives, the same for all
+    generations: int = 90  # generations on real tracks, in a round
+    sigma: float = 0.1  # CMA-ES's step size at the start
+    max_frames: int = 1000  # frames after which a rollout ends
+    validation_tracks: int = 32  # tracks that score the mean controller and choose best.pt
+    dream_generations: int = 60  # generations in the dream, before the real ones, in the first round
+    dream_starts: int = 16  # places from which every candidate dreams
+    dream_steps: int = 250  # frames of a dream
+    temperature: float = 1.15  # of the dream: above 1, the next latents are less certain than M believes
+    dream_dropout: float = 0.1  # share of M's hidden state dropped before it foretells, so that C cannot exploit it
+
+
+QUICK = {"rounds": 1, "collect_frames": 8_000, "vision_epochs": 8, "memory_epochs": 40, "population": 32, "tracks": 2}
+QUICK |= {"generations": 14, "dream_generations": 20, "dream_starts": 8, "dream_steps": 150, "eval_episodes": 8}
+QUICK |= {"max_frames": 400, "validation_tracks": 8, "vision_lr": 1e-3}
+
+
+class UsageError(Exception):
+    """What the user typed, or what the machine lacks; the message is one sentence that says what to type next."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The environment: Gymnasium's physics and tracks, drawn straight at the size that V sees
+
+SIZE = 64  # pixels of V's picture
+ROWS = 84  # rows of Gymnasium's 96 x 96 picture above its indicators
+DRAWN = 3 * SIZE  # polygons are drawn at three times the size and shrunk, which smooths their edges
+WINDOW_WIDTH, WINDOW_HEIGHT = car_racing.WINDOW_W, car_racing.WINDOW_H * ROWS / car_racing.STATE_H  # what V sees of it
+GRASS = np.array([(1, 0), (0, 0), (0, 1), (1, 1)]) + np.mgrid[-20:20:2, -20:20:2].reshape(2, -1).T[:, None]
+GRASS = GRASS * car_racing.GRASS_DIM  # (400, 4, 2) in metres, the light squares of the lawn
+FIELD = np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]) * car_racing.PLAYFIELD
+WHEEL = np.array([(-1, 1), (1, 1), (1, -1), (-1, -1)]) * (car_dynamics.WHEEL_W, car_dynamics.WHEEL_R)
+WHEEL = WHEEL * car_dynamics.SIZE * 0.7  # a canvas polygon includes its border, which would make a small one fat
+HULL = (car_dynamics.HULL_POLY1, car_dynamics.HULL_POLY2, car_dynamics.HULL_POLY3, car_dynamics.HULL_POLY4)
+HULL_ENDS = np.cumsum([len(polygon) for polygon in HULL])
+HULL = np.concatenate([np.array(polygon) for polygon in HULL]) * car_dynamics.SIZE * 0.9
+
+
+def area_weights(many, few):
+    """Matrix (few, many) that shrinks a line of pixels by averaging areas."""
+    edges, cells = np.linspace(0, many, few + 1), np.arange(many)
+    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return (overlap.clip(0) * few / many).astype(np.float32)
+
+
+SHRINK_ROWS, SHRINK_COLUMNS = area_weights(ROWS, SIZE), area_weights(car_racing.STATE_W, SIZE)
+
+
+def shrink(picture):
+    """Gymnasium's picture, uint8 (96, 96, 3), as V sees it: without the indicators, uint8 (64, 64, 3)."""
+    lines = np.tensordot(SHRINK_ROWS, picture[:ROWS].astype(np.float32), 1)  # (64, 96, 3)
+    return np.rint(np.einsum("kw,hwc->hkc", SHRINK_COLUMNS, lines)).astype(np.uint8)
+
+
+class FastCarRacing(car_racing.CarRacing):
+    """Gymnasium's CarRacing, whose observation is drawn at once as V sees it: uint8 (64, 64, 3).
+
+    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is drawn anew, many times faster, and
+    within a mean of 1 level of 255 of `shrink` of Gymnasium's (tests/test_worldmodel.py). `reset(options={"place": x})`
+    starts at the share x of the track instead of on the start line.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
+        self._canvas = pygame.Surface((DRAWN, DRAWN))
+        self._place = 0.0
+
+    def reset(self, *, seed=None, options=None):
+        self._place = (options or {}).get("place", 0.0)
+        return super().reset(seed=seed, options=options)
+
+    def _create_track(self):
+        if not super()._create_track():
+            return False
+        self._polygons = np.concatenate([GRASS, [polygon for polygon, _ in self.road_poly]])  # (P, 4, 2)
+        self._centres = self._polygons.mean(1)
+        self._reach = np.abs(self._polygons - self._centres[:, None]).max((1, 2)) * math.sqrt(2)
+        self._colours = np.array([self.grass_color] * len(GRASS) + [colour for _, colour in self.road_poly]).astype(int)
+        rows = [(polygon, row) for (polygon, _), row in zip(self.road_poly, self._colours[len(GRASS) :], strict=True)]
+        of_tile = {id(colour): row for (_, colour), (_, row) in zip(self.road_poly, rows, strict=True)}
+        for tile in self.road:  # a tile that the car touches changes its colour, in place
+            tile.color = of_tile[id(tile.color)]
+        self.road_poly = rows
+        start = int(self._place * len(self.track))
+        self.track = self.track[start:] + self.track[:start]
+        return True
+
+    def _render(self, mode):
+        if mode != "state_pixels":
+            return super()._render(mode)
+        zoom = 0.1 * car_racing.SCALE * max(1 - self.t, 0) + car_racing.ZOOM * car_racing.SCALE * min(self.t, 1)
+        wheels, hull = self.car.wheels, self.car.hull
+        x, y = hull.position
+        scale = np.array([DRAWN / WINDOW_WIDTH, -DRAWN / WINDOW_HEIGHT])  # the window's y points up
+        cos, sin = math.cos(hull.angle) * zoom, math.sin(hull.angle) * zoom
+        view = np.array([[cos, -sin], [sin, cos]]) * scale  # (metres) @ view + origin = canvas pixels
+        bottom = WINDOW_HEIGHT - (car_racing.WINDOW_H - car_racing.WINDOW_H / 4)
+        origin = np.array([WINDOW_WIDTH / 2, bottom - WINDOW_HEIGHT]) * scale - (x, y) @ view
+
+        canvas, draw = self._canvas, pygame.draw.polygon
+        seen = WINDOW_WIDTH / zoom  # metres; nothing farther away is in the picture
+        if max(abs(x), abs(y)) + seen < car_racing.PLAYFIELD:
+            canvas.fill(self.bg_color.tolist())
+        else:
+            canvas.fill((0, 0, 0))
+            draw(canvas, self.bg_color.tolist(), (FIELD @ view + origin).tolist())
+        centres = self._centres @ view + origin
+        reach = self._reach[:, None] * zoom * np.abs(scale)
+        near = np.flatnonzero(((centres > -reach) & (centres < DRAWN + reach)).all(1))
+        corners = (self._polygons[near] @ view + origin).tolist()
+        for polygon, colour in zip(corners, self._colours[near].tolist(), strict=True):
+            draw(canvas, colour, polygon)
+
+        angles = np.array([body.angle for body in (*wheels, hull)])
+        cos, sin = np.cos(angles), np.sin(angles)
+        turns = np.stack([cos, sin, -sin, cos], -1).reshape(5, 2, 2) @ view
+        places = np.array([tuple(body.position) for body in (*wheels, hull)]) @ view + origin
+        phases = np.array([[wheel.phase, wheel.phase + 1.2] for wheel in wheels])
+        sines, heights = np.sin(phases), np.cos(phases)
+        heights = np.where(sines > 0, np.sign(heights), heights)  # the white mark's ends, as Gymnasium has them
+        marks = np.broadcast_to(WHEEL, (4, 4, 2)) * np.stack([np.ones((4, 4)), heights[:, [0, 0, 1, 1]]], -1)
+        marks[:, 2:, 1] *= -1  # WHEEL's last two corners have a negative y already
+        rims = (WHEEL @ turns[:4] + places[:4, None]).tolist()
+        marks = (marks @ turns[:4] + places[:4, None]).tolist()
+        for wheel in range(4):
+            draw(canvas, car_dynamics.WHEEL_COLOR, rims[wheel])
+            if (sines[wheel] <= 0).any():
+                draw(canvas, car_dynamics.WHEEL_WHITE, marks[wheel])
+        corners, first = (HULL @ turns[4] + places[4]).tolist(), 0
+        for end in HULL_ENDS:
+            draw(canvas, (204, 0, 0), corners[first:end])
+            first = end
+        small = pygame.transform.smoothscale(canvas, (SIZE, SIZE))
+        return pygame.surfarray.pixels3d(small).transpose(1, 0, 2).copy()
+
+
+class GymnasiumCarRacing(gym.ObservationWrapper):
+    """Gymnasium's own CarRacing-v3, untouched, with its time limit; only its picture is shrunk for V."""
+
+    def __init__(self, **settings):
+        super().__init__(gym.make("CarRacing-v3", **settings))
+        self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
+
+    def observation(self, observation):
+        return shrink(observation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# V, M and C
+
+LATENTS, HIDDEN, MIXTURES = 32, 256, 5
+KL_FLOOR = 0.5 * LATENTS  # nats of a picture; less information than this is not rewarded
+LOG_SIGMA = (-5.0, 2.0)  # range of a mixture component's log standard deviation
+
+
+class Vision(nn.Module):
+    """V, the paper's convolutional variational autoencoder (appendix A.1): 4,348,547 parameters."""
+
+    def __init__(self):
+        super().__init__()
+        layers, sizes = [], (3, 32, 64, 128, 256)
+        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Conv2d(before, after, 4, 2), nn.ReLU()]
+        self.encoder = nn.Sequential(*layers, nn.Flatten())  # 64 -> 31 -> 14 -> 6 -> 2
+        self.mu, self.logvar = nn.Linear(1024, LATENTS), nn.Linear(1024, LATENTS)
+        self.widen = nn.Linear(LATENTS, 1024)
+        layers, sizes = [], (1024, 128, 64, 32, 3)
+        for before, after, kernel in zip(sizes[:-1], sizes[1:], (5, 5, 6, 6), strict=True):
+            layers += [nn.ConvTranspose2d(before, after, kernel, 2), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers[:-1], nn.Sigmoid())  # 1 -> 5 -> 13 -> 30 -> 64
+        self.to(memory_format=torch.channels_last)  # the encoder is a third faster so
+
+    def encode(self, pictures):
+        """Mean and log variance of the latents, both (N, 32), of pictures uint8 (N, 64, 64, 3)."""
+        features = self.encoder(to_floats(pictures))
+        return self.mu(features), self.logvar(features)
+
+    def decode(self, z):
+        """Pictures float (N, 3, 64, 64) in [0, 1] of latents (N, 32)."""
+        return self.decoder(self.widen(z)[:, :, None, None])
+
+
+def to_floats(pictures):
+    """uint8 (N, H, W, 3) as float (N, 3, H, W) in [0, 1]; the memory stays as it is, which is channels_last."""
+    return pictures.permute(0, 3, 1, 2).float() / 255
+
+
+def to_pictures(decoded):
+    """float (N, 3, H, W) in [0, 1] as uint8 numpy (N, H, W, 3)."""
+    return (decoded.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+
+
+def vision_loss(decoded, pictures, mu, logvar):
+    """Summed squared error plus the KL divergence to a unit Gaussian with a floor (Kingma & Welling 2014, appendix B).
+
+    decoded, pictures: (N, 3, H, W) in [0, 1]; mu, logvar: (N, 32). Returns loss, squared error and KL, means over N.
+    """
+    error = (decoded - pictures).square().sum((1, 2, 3))
+    kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
+    return (error + kl.clamp(min=KL_FLOOR)).mean(), error.mean(), kl.mean()
+
+
+class Memory(nn.Module):
+    """M, the paper's LSTM with a mixture density output: 422,368 parameters, and a head for reward and end added."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(LATENTS + 3, HIDDEN)
+        self.lstm.bias_hh_l0.requires_grad_(False).zero_()  # the paper's LSTM has one bias, not two
+        self.mixture = nn.Linear(HIDDEN, 3 * MIXTURES * LATENTS)
+        self.outcome = nn.Linear(HIDDEN, 2)
+
+    def forward(self, z, actions, state=None):
+        """z: (T, N, 32); actions: (T, N, 3); state: a pair of (1, N, 256). Returns the hidden states (T, N, 256) that
+        have seen them, and the state after the last."""
+        return self.lstm(torch.cat([z, actions], -1), state)
+
+    def foretell(self, hidden):
+        """Log weights, means and log standard deviations (..., 32, 5) of the next latents; reward and logit of the
+        episode's end (...)."""
+        mixture = self.mixture(hidden).unflatten(-1, (3, LATENTS, MIXTURES))
+        logits, mu, log_sigma = mixture.unbind(-3)
+        reward, end = self.outcome(hidden).unbind(-1)
+        return logits.log_softmax(-1), mu, log_sigma.clamp(*LOG_SIGMA), reward, end
+
+
+def mixture_nll(z, log_pi, mu, log_sigma):
+    """Negative log likelihood of latents under a mixture of Gaussians for each of them (Bishop 1994, eq. 29).
+
+    z: (..., 32); the others (..., 32, 5). Returns (...), in nats, summed over the 32.
+    """
+    error = (z[..., None] - mu) * torch.exp(-log_sigma)
+    log_prob = -0.5 * error.square() - log_sigma - 0.5 * math.log(2 * math.pi)
+    return -torch.logsumexp(log_pi + log_prob, -1).sum(-1)
+
+
+def memory_loss(memory, z, targets, actions, rewards, ends, lengths):
+    """M's loss over episodes padded to the longest. z, targets: (T, N, 32), two samples of the same latents; actions:
+    (T, N, 3); rewards, ends: (T, N); lengths: (N,). Returns loss and its parts, means over the real frames.
+
+    Frame t foretells the latents of t + 1, so an episode's last frame has reward and end to foretell but no latents.
+    """
+    frames = torch.arange(len(z), device=z.device)[:, None]
+    real, followed = frames < lengths, frames < lengths - 1
+    log_pi, mu, log_sigma, reward, end = memory.foretell(memory(z, actions)[0])
+    nll = mixture_nll(targets[1:], log_pi[:-1], mu[:-1], log_sigma[:-1])[followed[:-1]].mean() / LATENTS
+    reward_error = (reward - rewards)[real].square().mean()
+    end_error = F.binary_cross_entropy_with_logits(end[real], ends[real])
+    return nll + reward_error + end_error, nll, reward_error, end_error
+
+
+class Agent(nn.Module):
+    """V, M and C together. C is linear: (3, 289) for its 288 inputs and a bias, or (3, 33) where it sees z alone."""
+
+    def __init__(self, controller_input):
+        super().__init__()
+        self.vision, self.memory = Vision(), Memory()
+        inputs = LATENTS + (HIDDEN if controller_input == "zh" else 0)
+        self.register_buffer("controller", torch.zeros(3, inputs + 1))
+
+
+def wanted_actions(z, hidden, controllers):
+    """What C asks for, before it is squashed. z: (N, 32); hidden: (N, 256); controllers: (N, 3, I). Returns (N, 3)."""
+    inputs = torch.cat([z, hidden], -1)[:, : controllers.shape[-1] - 1]
+    return (controllers[..., :-1] @ inputs[..., None])[..., 0] + controllers[..., -1]
+
+
+def squash(wanted):
+    """CarRacing's actions (..., 3) of C's: tanh, then steering as it is, gas from [-1, 1], brake from [0, 1]."""
+    steer, gas, brake = wanted.tanh().unbind(-1)
+    return torch.stack([steer, (gas + 1) / 2, brake.clamp(0, 1)], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Driving: batches of environments in every worker process
+
+SLOTS = 16  # environments of a worker, seen by V in one batch
+PATIENCE, GRACE = 20, 50  # frames without a reward after which a training rollout is hopeless; not asked before GRACE
+
+
+def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda count: None):
+    """Plays jobs, several at a time: a slot takes the next job as soon as its episode ends.
+
+    controllers: (P, 3, I). `next_job` returns a dict or None when there are no more; its keys are `index`, `seed` (of
+    the track), `controller` (row of `controllers`, or None for random driving), `limit` (frames), and optionally
+    `place` (where to start), `noise` (seed, kind), `abort` (end hopeless rollouts) and `keep` (return the frames).
+    Returns a list of dicts with index, return, frames and finished, and what was kept.
+
+    An aborted rollout is charged 0.1 for every frame that it did not drive, as if it had stood still until the limit.
+    Without that, giving up early would pay. A car that would have found back to the road is still scored too low.
+    """
+    count = len(envs)
+    slots, results = [None] * count, []
+    obs = np.zeros((count, SIZE, SIZE, 3), np.uint8)
+    state = (torch.zeros(1, count, HIDDEN), torch.zeros(1, count, HIDDEN))
+    weights = torch.zeros(count, *controllers.shape[1:])
+    z, actions, more = torch.zeros(count, LATENTS), torch.zeros(count, 3), True
+    chosen = actions.numpy()  # the same memory
+    while True:
+        for i in range(count):
+            if slots[i] is None and more:
+                job = next_job()
+                if job is None:
+                    more = False
+                    break
+                obs[i] = envs[i].reset(seed=job["seed"], options={"place": job.get("place", 0.0)})[0]
+                for part in state:
+                    part[0, i] = 0
+                weights[i] = controllers[job["controller"] or 0]
+                rng = np.random.default_rng([job["seed"], *job.get("noise", ())])
+                slots[i] = {"job": job, "rng": rng, "return": 0.0, "frames": 0, "idle": 0, "noise": np.zeros(3)}
+                slots[i]["kept"] = []
+        busy = [i for i in range(count) if slots[i]]
+        if not busy:
+            return results
+        on_frames(len(busy))
+        if any(slots[i]["job"]["controller"] is not None for i in busy):
+            mu, logvar = agent.vision.encode(torch.from_numpy(obs[busy]))
+            if sample_z:
+                noise = np.stack([slots[i]["rng"].standard_normal(LATENTS, np.float32) for i in busy])
+                mu = mu + torch.exp(logvar / 2) * torch.from_numpy(noise)
+            z[busy] = mu
+            wanted = wanted_actions(z, state[0][0], weights)
+            actions[:] = squash(wanted)
+        for i in busy:
+            slot = slots[i]
+            job = slot["job"]
+            if job["controller"] is None or "noise" in job:
+                chosen[i] = explore(slot, None if job["controller"] is None else chosen[i])
+            before = obs[i].copy() if job.get("keep") else None
+            obs[i], reward, terminated, truncated, info = envs[i].step(chosen[i].copy())
+            slot["return"] += reward
+            slot["frames"] += 1
+            slot["idle"] = slot["idle"] + 1 if reward < 0 else 0
+            if job.get("keep"):
+                own = np.full(3, np.nan) if job["controller"] is None else wanted[i].numpy().copy()
+                slot["kept"].append((before, np.array([*chosen[i], reward, slot["frames"] == 1, terminated, *own])))
+            hopeless = job.get("abort") and slot["idle"] >= PATIENCE and slot["frames"] > GRACE
+            if terminated or truncated or hopeless or slot["frames"] >= job["limit"]:
+                if hopeless and not terminated:
+                    slot["return"] -= 0.1 * (job["limit"] - slot["frames"])
+                result = {"index": job["index"], "return": float(slot["return"]), "frames": slot["frames"]}
+                result["finished"] = bool(info.get("lap_finished", False))
+                if job.get("keep"):
+                    result["pictures"], result["rows"] = (np.stack(part) for part in zip(*slot["kept"], strict=True))
+                results.append(result)
+                slots[i] = None
+        if any(slots):
+            _, state = agent.memory(z[None], actions[None], state)
+
+
+def explore(slot, own):
+    """An action to collect frames with: random driving, or the controller's own, disturbed. Changes slot["noise"].
+
+    Random driving is correlated in time, so that the car gets somewhere. The controller is disturbed steadily (kind 1)
+    or thrown off for a third of a second now and then, to see how it finds back (kind 2).
+    """
+    rng, t = slot["rng"], slot["frames"]
+    slot["noise"] = 0.95 * slot["noise"] + math.sqrt(1 - 0.95**2) * rng.standard_normal(3)
+    noise = slot["noise"]
+    if own is None:
+        action = [0.7 * noise[0], 0.35 + 0.5 * noise[1], 0.4 * noise[2] - 0.4]
+    elif slot["job"]["noise"][1] == 1:
+        action = own + noise * (0.3, 0.3, 0.1)
+    else:
+        action = own + noise * (1.0, 0.5, 0.2) if t % 90 < 16 else own
+    return np.clip(action, (-1, 0, 0), (1, 1, 1)).astype(np.float32)
+
+
+ENVIRONMENTS = {"fast": FastCarRacing, "gymnasium": GymnasiumCarRacing}
+
+
+def work(connection, counter, driven):
+    """A worker's life: driving, one batch of environments, whenever the main process asks for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker dies with the main process
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    agent, envs = None, {}
+
+    def next_job():
+        with counter.get_lock():
+            index, counter.value = counter.value, counter.value + 1
+        return jobs[index] if index < len(jobs) else None
+
+    def on_frames(count):
+        with driven.get_lock():
+            driven.value += count
+
+    while True:
+        try:
+            world, weights, controllers, jobs, sample_z = connection.recv()
+        except EOFError:
+            return
+        if weights:
+            controller_input = "zh" if weights["controller"].shape[1] > LATENTS + 1 else "z"
+            agent = Agent(controller_input)
+            agent.load_state_dict(weights)
+        slots = SLOTS if world == "fast" else 4
+        if world not in envs:
+            envs[world] = [ENVIRONMENTS[world]() for _ in range(slots)]
+        connection.send(drive(envs[world], agent, controllers, next_job, sample_z, on_frames))
+
+
+class Workers:
+    """Driving processes; they share the jobs of a call, and a job's result does not depend on who did it."""
+
+    def __init__(self, count):
+        context = multiprocessing.get_context("spawn")
+        self.counter, self.driven = context.Value("q", 0), context.Value("q", 0)
+        self.connections, self.processes, self.weights, self.fresh = [], [], None, False
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, self.counter, self.driven), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def load(self, agent):
+        """Has the workers drive with this V and M from now on."""
+        self.weights = {key: value.detach().cpu().clone() for key, value in agent.state_dict().items()}
+        self.fresh = True
+
+    def drive(self, controllers, jobs, sample_z=False, world="fast", bar=None):
+        """The results of `drive` for all jobs, in the jobs' order. Their `index` is set here."""
+        for index, job in enumerate(jobs):
+            job["index"] = index
+        self.counter.value, self.driven.value, started = 0, 0, time.time()
+        for connection in self.connections:
+            connection.send((world, self.weights if self.fresh else None, controllers, jobs, sample_z))
+        self.fresh, results, waiting = False, [], list(self.connections)
+        while waiting:
+            for connection in multiprocessing.connection.wait(waiting, timeout=2):
+                try:
+                    results += connection.recv()
+                except EOFError as error:
+                    raise RuntimeError("A driving process died.") from error
+                waiting.remove(connection)
+            if bar is not None:
+                bar.set_postfix_str(f"{self.driven.value / (time.time() - started):.0f} frames/s")
+        return sorted(results, key=lambda result: result["index"])
+
+    def close(self):
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            connection.close()
+            process.terminate()
+            process.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search
+
+
+class CMAES:
+    """Covariance matrix adaptation evolution strategy as in Hansen's tutorial (arXiv:1604.00772, figure 6 and table 1),
+    with its default parameters. It minimizes. `active` gives the worse half negative weights, as the tutorial does.
+
+    The noise of a generation depends on the seed and the generation alone, so that what a state asks for is known.
+    """
+
+    STATE = ("mean", "sigma", "C", "path_sigma", "path_c", "basis", "scales", "generation", "decomposed")
+
+    def __init__(self, mean, sigma, population, seed=0, active=True):
+        n = len(mean)
+        self.population, self.seed = population, seed
+        raw = math.log((population + 1) / 2) - np.log(np.arange(1, population + 1))
+        good, bad = raw[raw > 0], raw[raw <= 0]
+        self.mu_eff = good.sum() ** 2 / (good**2).sum()
+        mu_eff_bad = bad.sum() ** 2 / max((bad**2).sum(), 1e-300)
+        self.c_sigma = (self.mu_eff + 2) / (n + self.mu_eff + 5)
+        self.d_sigma = 1 + 2 * max(0, math.sqrt((self.mu_eff - 1) / (n + 1)) - 1) + self.c_sigma
+        self.c_c = (4 + self.mu_eff / n) / (n + 4 + 2 * self.mu_eff / n)
+        self.c_1 = 2 / ((n + 1.3) ** 2 + self.mu_eff)
+        rank_mu = 2 * (0.25 + self.mu_eff + 1 / self.mu_eff - 2) / ((n + 2) ** 2 + self.mu_eff)
+        self.c_mu = min(1 - self.c_1, rank_mu)
+        least = min(1 + self.c_1 / self.c_mu, 1 + 2 * mu_eff_bad / (self.mu_eff + 2))
+        least = min(least, (1 - self.c_1 - self.c_mu) / (n * self.c_mu)) * active
+        self.weights = np.where(raw > 0, raw / good.sum(), raw / max(-bad.sum(), 1e-300) * least)
+        self.expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # length of a standard normal vector
+        self.mean, self.sigma, self.C = np.array(mean, np.float64), float(sigma), np.eye(n)
+        self.path_sigma, self.path_c = np.zeros(n), np.zeros(n)
+        self.basis, self.scales = np.eye(n), np.ones(n)  # C = basis diag(scales ** 2) basis.T
+        self.generation = self.decomposed = 0
+
+    def _steps(self):
+        noise = np.random.default_rng([self.seed, self.generation])
+        return (noise.standard_normal((self.population, len(self.mean))) * self.scales) @ self.basis.T
+
+    def ask(self):
+        """The generation's candidates, (population, n)."""
+        return self.mean + self.sigma * self._steps()
+
+    def tell(self, costs):
+        """Takes the candidates' costs, in the order of `ask`, and moves on to the next generation."""
+        n, order = len(self.mean), np.argsort(costs, kind="stable")
+        steps = self._steps()[order]
+        positive = self.weights.clip(0)
+        step = positive @ steps
+        self.mean = self.mean + self.sigma * step
+        whiten = lambda vectors: (vectors @ self.basis / self.scales) @ self.basis.T  # noqa: E731
+        self.path_sigma = (1 - self.c_sigma) * self.path_sigma
+        self.path_sigma += math.sqrt(self.c_sigma * (2 - self.c_sigma) * self.mu_eff) * whiten(step)
+        length = np.linalg.norm(self.path_sigma)
+        self.generation += 1
+        settled = math.sqrt(1 - (1 - self.c_sigma) ** (2 * self.generation))
+        not_stalled = length / settled < (1.4 + 2 / (n + 1)) * self.expected
+        self.path_c = (1 - self.c_c) * self.path_c
+        self.path_c += not_stalled * math.sqrt(self.c_c * (2 - self.c_c) * self.mu_eff) * step
+        lengths = (whiten(steps) ** 2).sum(1)
+        weights = np.where(self.weights >= 0, self.weights, self.weights * n / np.maximum(lengths, 1e-300))
+        lost = (1 - not_stalled) * self.c_c * (2 - self.c_c)
+        self.C *= 1 + self.c_1 * lost - self.c_1 - self.c_mu * self.weights.sum()
+        self.C += self.c_1 * np.outer(self.path_c, self.path_c) + self.c_mu * (steps.T * weights) @ steps
+        self.sigma *= math.exp(min(1, self.c_sigma / self.d_sigma * (length / self.expected - 1)))
+        if self.generation - self.decomposed > 1 / (self.c_1 + self.c_mu) / n / 10:
+            self.C = (self.C + self.C.T) / 2
+            values, self.basis = np.linalg.eigh(self.C)
+            self.scales, self.decomposed = np.sqrt(values.clip(1e-20)), self.generation
+
+    def state(self):
+        """Everything that changes, as tensors and plain values for a checkpoint."""
+        values = {name: getattr(self, name) for name in self.STATE}
+        return {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+    def restore(self, state):
+        for name, value in state.items():
+            setattr(self, name, value.numpy().copy() if isinstance(value, torch.Tensor) else value)
+
+
+@torch.no_grad()
+def dream_returns(memory, controllers, z, state, steps, temperature, dropout, generator):
+    """Mean return that every controller gets in M's dream, (P,).
+
+    controllers: (P, 3, I); z: (S, 32); state: a pair of (1, S, 256), real places to start from, the same for all
+    controllers, as are the dream's chances. The next latents are drawn from M's mixture with its logits divided by the
+    temperature and its variances multiplied by it. Dropout hits what M foretells from, not what C sees.
+    """
+    population, starts = len(controllers), len(z)
+    z = z.repeat(population, 1)  # (P * S, 32), controller by controller
+    state = tuple(part.repeat(1, population, 1) for part in state)
+    weights = controllers.to(z.device)
+    returns, alive = torch.zeros(len(z), device=z.device), torch.ones(len(z), device=z.device)
+    chance = {"generator": generator, "device": z.device}
+    for _ in range(steps):
+        inputs = torch.cat([z, state[0][0]], -1).view(population, starts, -1)[..., : weights.shape[-1] - 1]
+        wanted = torch.baddbmm(weights[:, None, :, -1], inputs, weights[..., :-1].transpose(1, 2))
+        hidden, state = memory(z[None], squash(wanted).view(1, -1, 3), state)
+        kept = (torch.rand(starts, HIDDEN, **chance) >= dropout) / (1 - dropout)
+        z, reward, end = sample_next(memory, hidden[0] * kept.repeat(population, 1), starts, temperature, chance)
+        returns += alive * reward.clamp(*REWARDS)
+        alive *= 1 - end.sigmoid()
+    return returns.view(population, starts).mean(1)
+
+
+def sample_next(memory, hidden, starts, temperature, chance):
+    """The next latents (N, 32), drawn from what M foretells, reward (N,) and logit of the end (N,). hidden: (N, 256).
+
+    Row i and row i + starts share their chances.
+    """
+    log_pi, mu, log_sigma, reward, end = memory.foretell(hidden)
+    repeats = len(hidden) // starts
+    uniform = torch.rand(starts, LATENTS, 1, **chance).repeat(repeats, 1, 1)
+    component = (uniform > (log_pi / temperature).softmax(-1).cumsum(-1)[..., :-1]).sum(-1, keepdim=True)
+    noise = torch.randn(starts, LATENTS, **chance).repeat(repeats, 1) * math.sqrt(temperature)
+    z = mu.gather(-1, component)[..., 0] + log_sigma.gather(-1, component)[..., 0].exp() * noise
+    return z, reward, end
+
+
+REWARDS = (-1.0, 7.0)  # range of the rewards that M learns; leaving the lawn costs 100, which would drown the others
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Footage: what was driven, in memory maps on disk
+
+COLUMNS = 9  # action (3), reward, first of its episode, terminated after it, what the controller wanted (3)
+TRAIN_TRACKS, VALIDATION_TRACKS, FOOTAGE_TRACKS = 1_000_000, 900_000_000, 800_000_000  # first seeds; see `check_args`
+
+
+class Footage:
+    """All rounds' frames as memory maps under `folder`: pictures, uint8 (N, 64, 64, 3), and rows, float32 (N, 9)."""
+
+    def __init__(self, folder, frames_per_round):
+        self.folder, self.size = folder, frames_per_round
+        self.pictures, self.rows = [], []
+
+    def open(self, round_):
+        """Makes the maps of all rounds up to this one available, new ones empty."""
+        self.folder.mkdir(exist_ok=True)
+        shapes = {"pictures": ((self.size, SIZE, SIZE, 3), np.uint8), "rows": ((self.size, COLUMNS), np.float32)}
+        while len(self.pictures) < round_:
+            for name, (shape, kind) in shapes.items():
+                path = self.folder / f"{name}-{len(getattr(self, name)) + 1}.npy"
+                # A kill can leave a file without its length; then nothing was in it.
+                if not path.exists() or path.stat().st_size < np.prod(shape) * np.dtype(kind).itemsize:
+                    np.lib.format.open_memmap(path, "w+", kind, shape).flush()
+                getattr(self, name).append(np.load(path, mmap_mode="r+"))
+
+    def __len__(self):
+        return self.size * len(self.pictures)
+
+    def take(self, indices):
+        """Pictures (N, 64, 64, 3) of frames counted over all rounds."""
+        pictures = np.empty((len(indices), SIZE, SIZE, 3), np.uint8)
+        for k, part in enumerate(self.pictures):
+            here = indices // self.size == k
+            pictures[here] = part[indices[here] % self.size]
+        return torch.from_numpy(pictures)
+
+    def episodes(self):
+        """First frame and length of every episode, (E, 2), and all rows (N, 9)."""
+        rows = np.concatenate(self.rows)
+        starts = np.flatnonzero(rows[:, 4])
+        return np.stack([starts, np.diff([*starts, len(rows)])], 1), torch.from_numpy(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save and load
+
+
+def save_atomically(contents, path):
+    """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
+    temporary, held = path.with_suffix(".tmp"), []
+    on_interrupt = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # torch.save would break
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+    if held and callable(on_interrupt):
+        on_interrupt(*held[0])
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict of tensors and plain values; nothing in the file is executed. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"args", "made_on", "agent", "iteration"} - checkpoint.keys()
+    except Exception as error:
+        raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
+    known = {field.name for field in dataclasses.fields(Args)}
+    if missing or not checkpoint["args"].keys() <= known:
+        raise UsageError(f"{path} is a checkpoint of another script or version: type another path.")
+    return checkpoint
+
+
+def load_weights(agent, checkpoint, path):
+    """Puts a checkpoint's weights into V, M and C. Raises UsageError where they do not fit."""
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        raise UsageError(f"{path} holds other networks than this script's: type another path.") from error
+
+
+def describe_setting():
+    """What a checkpoint is made on, as plain values."""
+    version = importlib.metadata.version
+    return {"gymnasium": version("gymnasium"), "box2d": version("box2d"), "pygame": pygame.version.ver}
+
+
+def note_differences(made_on, here):
+    """Says where a checkpoint is used on something else than it was made on."""
+    for key, value in made_on.items():
+        if here[key] != value:
+            print(f"note: this checkpoint learnt with {key} {value} and now meets {here[key]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+class Logger:
+    """The same scalars to TensorBoard and to metrics.jsonl, which a resumed run cuts back to its checkpoint."""
+
+    def __init__(self, folder, args, iteration):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", buffering=1)
+        self.board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+        rows = [f"|{field.name}|{getattr(args, field.name)}|" for field in dataclasses.fields(args)]
+        self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
+
+    def write(self, iteration, step, scalars):
+        for key, value in scalars.items():
+            self.board.add_scalar(key, value, step)
+        self.file.write(json.dumps({"iteration": iteration, "global_step": step} | scalars) + "\n")
+
+    def film(self, tag, frames, fps, step):
+        """A small moving picture for TensorBoard's image page; frames: uint8 (T, H, W, 3)."""
+        import imageio.v3
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        gif = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=1000 / fps, loop=0)
+        height, width = frames[0].shape[:2]
+        image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
+        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def close(self):
+        self.file.close()
+        self.board.close()
+
+
+LOG_EVERY = {"vision": 100, "memory": 20}  # minibatches, or a tenth of the stage where that is less
+
+
+class Run:
+    """What the stages share: settings, networks, workers, footage, logs, and the state that a checkpoint holds."""
+
+    def __init__(self, args, folder, device, checkpoint):
+        from tqdm import tqdm
+
+        self.args, self.folder, self.device = args, folder, device
+        self.made_on = describe_setting()
+        torch.manual_seed(args.seed)
+        self.agent = Agent(args.controller_input)
+        self.footage = Footage(folder / "data", args.collect_frames)
+        self.iteration, self.optimizer = 0, None
+        # done: rounds and stages; step: of the stage that is not; frames: driven to search; scores: (frames, score)
+        self.state = {"done": [], "step": 0, "frames": 0, "elapsed": 0.0, "best": None, "scores": []}
+        self.state |= {"stage_best": None, "search": None, "collected": 0}
+        self.saved_optimizer = None
+        if checkpoint:
+            note_differences(checkpoint["made_on"], self.made_on)
+            load_weights(self.agent, checkpoint, folder)
+            self.iteration, self.saved_optimizer = checkpoint["iteration"], checkpoint["optimizer"]
+            self.state = {key: checkpoint[key] for key in self.state}
+        self.agent.to(device)
+        self.workers = Workers(args.workers or os.cpu_count() or 1)
+        self.logger, self.tqdm, self.clock = None, tqdm, time.time()
+
+    def open_logs(self):
+        self.logger = Logger(self.folder, self.args, self.iteration)
+        for frames, score in self.state["scores"]:  # a resumed run's board has lost them
+            self.logger.board.add_scalar("score_against_frames", score, frames)
+
+    def bar(self, round_, stage, total):
+        return self.tqdm(total=total, initial=self.state["step"], desc=f"round {round_} {stage}", smoothing=0.05)
+
+    def log(self, scalars, save=True):
+        """Writes a row of metrics and, as a rule, the checkpoint that goes with it."""
+        self.iteration += 1
+        now = time.time()
+        self.state["elapsed"] += now - self.clock
+        self.clock = now
+        scalars = scalars | {"charts/frames": self.state["frames"], "charts/elapsed_seconds": self.state["elapsed"]}
+        self.logger.write(self.iteration, self.iteration, {key: float(value) for key, value in scalars.items()})
+        if save:
+            self.save()
+
+    def weights(self):
+        agent = {key: value.detach().cpu().clone() for key, value in self.agent.state_dict().items()}
+        common = {"args": args_to_plain(self.args), "made_on": self.made_on, "iteration": self.iteration}
+        return common | {"agent": agent}
+
+    def save(self):
+        optimizer = self.optimizer.state_dict() if self.optimizer else None
+        save_atomically(self.weights() | self.state | {"optimizer": optimizer}, self.folder / "last.pt")
+
+    def save_best(self, score):
+        """V, M and C with the best score so far, in the half precision that V and M were rounded to."""
+        weights = self.weights() | {"score": score, "frames": self.state["frames"]}
+        halves = {k: v if k == "controller" else v.half() for k, v in weights["agent"].items()}
+        save_atomically(weights | {"agent": halves}, self.folder / "best.pt")
+
+    def start_optimizer(self, parameters, lr):
+        self.optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=lr)
+        if self.saved_optimizer and self.state["step"]:
+            self.optimizer.load_state_dict(self.saved_optimizer)
+        self.saved_optimizer = None
+
+    def end_learning(self, module):
+        """Rounds a network to half precision, so that what is driven with is what best.pt holds, bit by bit."""
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(parameter.half())
+        self.optimizer = None
+
+    def randomness(self, *numbers):
+        """A numpy generator and torch's own, which depend on the seed and the numbers alone: nothing to be saved."""
+        generator = np.random.default_rng([self.args.seed, *numbers])
+        torch.manual_seed(int(generator.integers(2**62)))
+        return generator
+
+
+def stage_collect(run, round_):
+    """Drives and films: at random in the first round, with the current controller, often disturbed, in the others."""
+    args, footage, state = run.args, run.footage, run.state
+    footage.open(round_)
+    controllers = run.agent.controller[None].cpu()
+    run.workers.load(run.agent)
+    bar = run.bar(round_, "collect", args.collect_frames)
+    batch = 8 * len(run.workers.processes)
+    limit = min(300, args.max_frames) if round_ == 1 else args.max_frames
+    while state["step"] < args.collect_frames:
+        jobs = []
+        for episode in range(state["collected"], state["collected"] + batch):
+            choice = np.random.default_rng([args.seed, round_, episode])
+            job = {"seed": FOOTAGE_TRACKS + 1_000_000 * round_ + episode, "limit": limit, "keep": True}
+            job |= {"controller": None if round_ == 1 else 0, "place": choice.random() * (choice.random() < 0.8)}
+            if round_ == 1 or episode % 3:
+                job["noise"] = (args.seed * 1000 + round_, 0 if round_ == 1 else episode % 3)
+            jobs.append(job)
+        for result in run.workers.drive(controllers, jobs, args.sample_z, bar=bar):
+            # Episodes count one by one, so that the footage does not depend on how many workers there are.
+            room = slice(state["step"], min(state["step"] + result["frames"], args.collect_frames))
+            size = room.stop - room.start
+            footage.pictures[-1][room], footage.rows[-1][room] = result["pictures"][:size], result["rows"][:size]
+            footage.rows[-1][room, 3] = footage.rows[-1][room, 3].clip(*REWARDS)
+            state["step"] += size
+            state["collected"] += size > 0
+            bar.update(size)
+        footage.pictures[-1].flush()
+        footage.rows[-1].flush()
+        run.save()
+    bar.close()
+    rows = footage.rows[-1]
+    run.log({"collect/reward_per_frame": rows[:, 3].mean(), "collect/episodes": rows[:, 4].sum()}, save=False)
+    state["collected"] = 0
+
+
+def stage_vision(run, round_):
+    """Fits V to all the footage."""
+    args, state, vision = run.args, run.state, run.agent.vision
+    run.footage.open(round_)
+    run.start_optimizer(vision.parameters(), args.vision_lr)
+    total = args.vision_epochs * len(run.footage) // args.vision_batch
+    bar, sums, every = run.bar(round_, "vision", total), [], min(LOG_EVERY["vision"], total // 10 or 1)
+    while state["step"] < total:
+        chance = run.randomness(round_, 1, state["step"])
+        run.optimizer.param_groups[0]["lr"] = args.vision_lr * (1 - 0.9 * state["step"] / total)
+        indices = np.sort(chance.integers(len(run.footage), size=args.vision_batch))
+        pictures = run.footage.take(indices).to(run.device)
+        mu, logvar = vision.encode(pictures)
+        decoded = vision.decode(mu + torch.exp(logvar / 2) * torch.randn_like(mu))
+        loss, error, kl = vision_loss(decoded, to_floats(pictures), mu, logvar)
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        state["step"] += 1
+        sums.append(torch.stack([loss, error, kl]).detach())
+        bar.update()
+        if state["step"] % every == 0 or state["step"] == total:
+            loss, error, kl = torch.stack(sums).mean(0).tolist()
+            sums = []
+            bar.set_postfix(error=f"{error:.1f}", KL=f"{kl:.1f}")
+            run.log({"vision/loss": loss, "vision/squared_error": error, "vision/KL": kl})
+            if state["step"] % (10 * every) == 0 or state["step"] == total:
+                pair = np.concatenate([pictures[:8].cpu().numpy(), to_pictures(decoded[:8].detach())])
+                grid = pair.reshape(2, -1, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(2 * SIZE, -1, 3)
+                run.logger.board.add_image("vision/reconstruction", grid, run.iteration, dataformats="HWC")
+    bar.close()
+    run.end_learning(vision)
+
+
+@torch.no_grad()
+def encode_footage(run, round_):
+    """Mean and log variance of every frame's latents, float32 (N, 64), as a memory map; made once a round."""
+    path = run.footage.folder / f"latents-{round_}.npy"
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        latents = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(run.footage), 2 * LATENTS))
+        for start in run.tqdm(range(0, len(latents), 500), desc=f"round {round_} encode", leave=False):
+            part = np.arange(start, min(start + 500, len(latents)))
+            latents[part] = torch.cat(run.agent.vision.encode(run.footage.take(part).to(run.device)), 1).cpu().numpy()
+        latents.flush()
+        os.replace(temporary, path)
+        path.with_name(f"latents-{round_ - 1}.npy").unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+def stage_memory(run, round_):
+    """Fits M to the latents of all the footage, sampled anew in every minibatch."""
+    args, state, memory = run.args, run.state, run.agent.memory
+    run.footage.open(round_)
+    latents = encode_footage(run, round_)
+    episodes, rows = run.footage.episodes()
+    run.start_optimizer(memory.parameters(), args.memory_lr)
+    total = args.memory_epochs * len(episodes) // args.memory_batch
+    bar, sums, every = run.bar(round_, "memory", total), [], min(LOG_EVERY["memory"], total // 10 or 1)
+    while state["step"] < total:
+        chance = run.randomness(round_, 2, state["step"])
+        run.optimizer.param_groups[0]["lr"] = args.memory_lr * (1 - 0.9 * state["step"] / total)
+        chosen = episodes[chance.choice(len(episodes), args.memory_batch)]
+        frames = (chosen[:, 0] + np.arange(chosen[:, 1].max())[:, None]).clip(max=len(rows) - 1)  # (T, N)
+        mu, logvar = torch.from_numpy(latents[frames]).to(run.device).chunk(2, -1)
+        z, targets = (mu + torch.exp(logvar / 2) * torch.randn_like(mu) for _ in range(2))
+        table = rows[frames].to(run.device)
+        lengths = torch.from_numpy(chosen[:, 1]).to(run.device)
+        losses = memory_loss(memory, z, targets, table[..., :3], table[..., 3], table[..., 5], lengths)
+        run.optimizer.zero_grad()
+        losses[0].backward()
+        nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
+        run.optimizer.step()
+        state["step"] += 1
+        sums.append(torch.stack(losses).detach())
+        bar.update()
+        if state["step"] % every == 0 or state["step"] == total:
+            names = ("memory/loss", "memory/NLL_per_latent", "memory/reward_error", "memory/end_error")
+            values = torch.stack(sums).mean(0).tolist()
+            sums = []
+            bar.set_postfix(NLL=f"{values[1]:.3f}", reward=f"{values[2]:.3f}")
+            run.log(dict(zip(names, values, strict=True)))
+    bar.close()
+    run.end_learning(memory)
+
+
+def translate_controller(run, round_):
+    """The controller for this round's V and M that asks for what the old one asked for on the newest footage, by ridge
+    regression: the old weights mean nothing to networks that have learnt on."""
+    latents, rows = encode_footage(run, round_), torch.from_numpy(np.array(run.footage.rows[-1]))
+    first = len(latents) - len(rows)
+    features = []
+    starts = np.flatnonzero(rows[:, 4].numpy())
+    with torch.no_grad():
+        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            z = torch.from_numpy(latents[first + start : first + end, :LATENTS])[:, None].to(run.device)
+            hidden, _ = run.agent.memory(z, rows[start:end, None, :3].to(run.device))
+            before = torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]])  # what C saw with these pictures
+            features.append(torch.cat([z, before, torch.ones_like(z[..., :1])], -1)[:, 0].cpu().double())
+    features, wanted = torch.cat(features), rows[:, 6:].double()
+    if run.args.controller_input == "z":
+        features = torch.cat([features[:, :LATENTS], features[:, -1:]], 1)
+    square = features.T @ features + 1e-3 * len(features) * torch.eye(features.shape[1])
+    controller = torch.linalg.solve(square, features.T @ wanted).T
+    left = (features @ controller.T - wanted).square().mean() / wanted.var().clamp(min=1e-9)
+    print(f"controller taken over to the new V and M; share of its wishes not explained: {left:.3f}")
+    return controller.float()
+
+
+def dream_starts(run, round_, generation):
+    """Real places to start a dream from: latents (S, 32) and M's states (1, S, 256) after up to 40 frames there."""
+    chance = run.randomness(round_, 4, generation)
+    latents = encode_footage(run, round_)
+    episodes, rows = run.footage.episodes()
+    chosen = episodes[chance.choice(len(episodes), run.args.dream_starts)]
+    ends = chosen[:, 0] + (chance.random(len(chosen)) * chosen[:, 1]).astype(int)
+    begins = np.maximum(chosen[:, 0], ends - 40)
+    z = torch.zeros(41, len(chosen), LATENTS)
+    actions, length = torch.zeros(41, len(chosen), 3), ends - begins
+    for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        z[: end - begin + 1, i] = torch.from_numpy(latents[begin : end + 1, :LATENTS])
+        actions[: end - begin, i] = rows[begin:end, :3]
+    with torch.no_grad():
+        hidden, cell, state = [], [], tuple(torch.zeros(1, len(chosen), HIDDEN, device=run.device) for _ in range(2))
+        for t in range(41):  # the state at each one's own end
+            hidden.append(state[0])
+            cell.append(state[1])
+            _, state = run.agent.memory(z[t : t + 1].to(run.device), actions[t : t + 1].to(run.device), state)
+        column = torch.arange(len(chosen))
+        state = tuple(torch.cat(part)[length, column][None] for part in (hidden, cell))
+    return z[length, column].to(run.device), state
+
+
+def validate(run, controller, bar):
+    """Scores a controller on the validation tracks, in FastCarRacing, without giving up."""
+    args = run.args
+    seeds = range(VALIDATION_TRACKS, VALIDATION_TRACKS + args.validation_tracks)
+    jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
+    returns = [result["return"] for result in run.workers.drive(controller[None], jobs, args.sample_z, bar=bar)]
+    return float(np.mean(returns)), float(np.std(returns))
+
+
+def stage_controller(run, round_):
+    """Searches C by CMA-ES, in the dream (first round) and then on real tracks; the mean is what counts and is kept."""
+    args, state, agent = run.args, run.state, run.agent
+    run.footage.open(round_)
+    agent.eval()
+    run.workers.load(agent)
+    dreamt = args.dream_generations if round_ == 1 and args.controller_input == "zh" else 0
+    shape, total = agent.controller.shape, dreamt + args.generations
+    bar = run.bar(round_, "controller", total)
+
+    def candidates(vectors):
+        return torch.from_numpy(vectors).float().view(-1, *shape)
+
+    def start_search(mean, sigma):
+        return CMAES(mean, sigma, args.population, seed=args.seed * 1000 + 2 * round_ + (state["step"] >= dreamt))
+
+    def look(search):
+        """Validates the mean; the best of the stage is kept, and the best of the run written."""
+        controller = candidates(search.mean[None])[0]
+        score, spread = validate(run, controller, bar)
+        if state["stage_best"] is None or score > state["stage_best"]["score"]:
+            state["stage_best"] = {"score": score, "controller": controller, "sigma": search.sigma}
+        if state["best"] is None or score > state["best"]:
+            state["best"] = score
+            agent.controller.copy_(controller)
+            run.save_best(score)
+        state["scores"].append([state["frames"], score])
+        run.logger.board.add_scalar("score_against_frames", score, state["frames"])
+        where = "dream" if state["step"] < dreamt or state["step"] == dreamt > 0 else "real"
+        bar.write(f"{where} generation {state['step']}, {state['frames']} frames: mean controller {score:.1f}")
+        return {"controller/validation": score, "controller/validation_std": spread}
+
+    if state["search"] is None:
+        mean = translate_controller(run, round_) if round_ > 1 else torch.zeros(shape)
+        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if round_ == 1 else args.sigma / 3)
+        state["stage_best"] = None
+        metrics = look(search)
+        state["search"] = search.state()
+        run.log(metrics)
+    search = start_search(np.zeros(shape.numel()), args.sigma)
+    search.restore(state["search"])
+
+    while state["step"] < total:
+        generation, dreaming, started = state["step"], state["step"] < dreamt, time.time()
+        vectors = search.ask()
+        if dreaming:
+            torch.set_num_threads(os.cpu_count() or 1)
+            z, hidden = dream_starts(run, round_, generation)
+            chance = torch.Generator(run.device).manual_seed(args.seed * 1_000_000 + generation)
+            returns = dream_returns(
+                agent.memory, candidates(vectors), z, hidden, args.dream_steps, args.temperature,
+                args.dream_dropout, chance,
+            ).cpu().double().numpy()  # fmt: skip
+            rate = args.population * args.dream_starts * args.dream_steps / (time.time() - started)
+        else:
+            first = TRAIN_TRACKS + ((round_ - 1) * args.generations + generation - dreamt) * args.tracks
+            seeds = [args.seed * 10_000_000 + first + track for track in range(args.tracks)]
+            jobs = [
+                {"seed": seed, "controller": candidate, "limit": args.max_frames, "abort": True}
+                for seed in seeds
+                for candidate in range(args.population)
+            ]
+            results = run.workers.drive(candidates(vectors), jobs, args.sample_z, bar=bar)
+            returns = np.array([result["return"] for result in results]).reshape(args.tracks, -1).mean(0)
+            driven = sum(result["frames"] for result in results)
+            state["frames"] += driven
+            rate = driven / (time.time() - started)
+        search.tell(-returns)
+        state["step"] += 1
+        bar.update()
+        bar.set_postfix_str(f"mean {returns.mean():.0f}, best {returns.max():.0f}, sigma {search.sigma:.3f}")
+        kind = "dream" if dreaming else "real"
+        metrics = {f"{kind}/return_mean": returns.mean(), f"{kind}/return_best": returns.max()}
+        metrics |= {f"{kind}/frames_per_second": rate, "search/sigma": search.sigma}
+        metrics |= {"search/longest_axis": search.scales.max(), "search/shortest_axis": search.scales.min()}
+        if state["step"] % args.eval_interval == 0 or state["step"] in (dreamt, total):
+            metrics |= look(search)
+            run.logger.board.add_histogram("search/axes", search.scales, run.iteration + 1)
+        if state["step"] == dreamt:  # the dream's word is not taken: reality chooses where the real search begins
+            start = state["stage_best"]
+            mean = start["controller"].numpy().ravel().astype(np.float64)
+            search = start_search(mean, start["sigma"])
+        state["search"] = search.state()
+        run.log(metrics)
+    bar.close()
+    agent.controller.copy_(state["stage_best"]["controller"])
+    state["search"] = state["stage_best"] = None
+
+
+STAGE_FUNCTIONS = dict(zip(STAGES[:-1], (stage_collect, stage_vision, stage_memory, stage_controller), strict=True))
+
+
+def train(args, checkpoint=None):
+    """Runs the stages that are not done, round by round; writes runs/<name>/."""
+    folder = args.resume or Path("runs") / (args.name or f"carracing-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not checkpoint and folder.exists():
+        raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
+    need = disk_need(args) / 1e9
+    print(f"{folder}: footage of {args.rounds} x {args.collect_frames} frames needs {need:.1f} GB of disk", flush=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    run = Run(args, folder, pick_device(args.device), checkpoint)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = args_to_plain(args)
+        (folder / "config.json").write_text(json.dumps(plain | {"made_on": run.made_on}, indent=2) + "\n")
+        run.open_logs()
+        if not checkpoint:
+            run.save()
+        for round_, stage in still_to_do(args, run.state["done"]):
+            if stage not in args.stages:
+                break
+            STAGE_FUNCTIONS[stage](run, round_)
+            run.state["done"].append([round_, stage])
+            run.state["step"] = 0
+            run.save()
+        if "evaluate" in args.stages:
+            evaluate(args, load_checkpoint(folder / "best.pt"), folder, run.workers)
+        print(f"done: type --evaluate {folder}/best.pt to drive other tracks, --dream {folder}/best.pt to see it dream")
+    except KeyboardInterrupt:
+        print(f"\nstopped; everything up to the last log is saved: type --resume {folder} to go on")
+    finally:
+        if run.logger:
+            run.logger.close()
+        run.workers.close()
+
+
+def pick_device(name):
+    """The torch device for --device. Raises UsageError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and films
+
+
+def summarize(results):
+    """Figures of a set of rollouts, for evaluation.json."""
+    returns = [result["return"] for result in results]
+    spread = float(np.std(returns, ddof=1)) if len(returns) > 1 else 0.0
+    return {
+        "returns": returns,
+        "mean": float(np.mean(returns)),
+        "std": spread,
+        "standard_error": spread / math.sqrt(len(returns)),
+        "frames": [result["frames"] for result in results],
+        "finished": sum(result["finished"] for result in results),
+    }
+
+
+def evaluate(args, checkpoint, folder=None, workers=None):
+    """Drives a checkpoint in Gymnasium's own CarRacing-v3; writes evaluation.json and best_lap.mp4."""
+    agent, here = Agent(args.controller_input), describe_setting()
+    load_weights(agent, checkpoint, args.evaluate or folder)
+    if folder is None:
+        note_differences(checkpoint["made_on"], here)
+        folder = Path("runs") / f"{args.evaluate.stem}-carracing-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder.mkdir(parents=True)
+    own = None if workers else Workers(min(args.workers or os.cpu_count() or 1, args.eval_episodes))
+    workers = workers or own
+    seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
+    result = here | {"environment": "CarRacing-v3", "checkpoint": str(args.evaluate or folder / "best.pt")}
+    result |= {"iteration": checkpoint["iteration"], "seeds": seeds}
+    try:
+        workers.load(agent)
+        for world in ("gymnasium", "fast") if args.eval_fast else ("gymnasium",):
+            jobs = [{"seed": seed, "controller": 0, "limit": 1000} for seed in seeds]
+            summary = summarize(workers.drive(agent.controller[None], jobs, args.sample_z, world))
+            result |= summary if world == "gymnasium" else {"fast": summary}
+            name = "CarRacing-v3" if world == "gymnasium" else "FastCarRacing, same tracks"
+            score = f"{summary['mean']:.1f} +- {summary['std']:.1f} (standard error {summary['standard_error']:.1f})"
+            print(f"{name}: {score} over {len(seeds)} tracks, {summary['finished']} finished", flush=True)
+    finally:
+        if own:
+            own.close()
+    print(f"gymnasium {here['gymnasium']}, box2d {here['box2d']}, seeds {seeds[0]} to {seeds[-1]}")
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    best = seeds[int(np.argmax(result["returns"]))]
+    film_lap(agent, best, args.sample_z, folder / "best_lap.mp4")
+    print(f"written to {folder}/: evaluation.json, best_lap.mp4 (seed {best})")
+
+
+class Film(GymnasiumCarRacing):
+    """Gymnasium's environment that writes every second frame, at full size, with the action drawn on it."""
+
+    def __init__(self, video):
+        super().__init__(render_mode="rgb_array")
+        self.video, self.count = video, 0
+
+    def step(self, action):
+        if self.count % 2 == 0:
+            self.video.append_data(draw_action(self.env.render(), action))
+        self.count += 1
+        return super().step(action)
+
+
+def draw_action(picture, action):
+    """The picture, uint8 (H, W, 3), with bars for steering (from the middle), gas (green) and brake (red)."""
+    picture, (steer, gas, brake) = picture.copy(), np.clip(action, (-1, 0, 0), 1)
+    picture[12:68, 12:144] = picture[12:68, 12:144] // 3
+    middle, reach = 78, 60
+    ends = sorted((middle, middle + round(reach * float(steer))))
+    picture[18:30, ends[0] : ends[1] + 1] = (255, 255, 255)
+    picture[36:46, 18 : 18 + round(2 * reach * float(gas))] = (90, 220, 90)
+    picture[52:62, 18 : 18 + round(2 * reach * float(brake))] = (230, 70, 60)
+    return picture
+
+
+@torch.no_grad()
+def film_lap(agent, seed, sample_z, path):
+    """Drives a track once more, to film it: same seed, same controller, same lap."""
+    import imageio.v2
+
+    jobs = iter([{"index": 0, "seed": seed, "controller": 0, "limit": 1000}])
+    with imageio.v2.get_writer(path, fps=25, macro_block_size=2) as video:
+        env = Film(video)
+        drive([env], agent, agent.controller[None], lambda: next(jobs, None), sample_z)
+        env.close()
+
+
+@torch.no_grad()
+def film_dream(args, checkpoint):
+    """Writes a film of reality, what V keeps of it and M's dream under the same actions; and a picture of V."""
+    import imageio.v2
+    import imageio.v3
+
+    agent = Agent(args.controller_input)
+    load_weights(agent, checkpoint, args.dream)
+    note_differences(checkpoint["made_on"], describe_setting())
+    folder = Path("runs") / f"{args.dream.stem}-dream-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True)
+    jobs = iter([{"index": 0, "seed": args.eval_seed, "controller": 0, "limit": args.max_frames, "keep": True}])
+    (lap,) = drive([FastCarRacing()], agent, agent.controller[None], lambda: next(jobs, None), args.sample_z)
+    pictures, actions = torch.from_numpy(lap["pictures"]), torch.from_numpy(lap["rows"][:, :3]).float()
+    mu = torch.cat([agent.vision.encode(part)[0] for part in pictures.split(100)])
+    chance = {"generator": torch.Generator().manual_seed(args.seed)}
+    state, dreamt = None, mu[:1]
+    with imageio.v2.get_writer(folder / "dream.mp4", fps=25, macro_block_size=2) as video:
+        for t in range(len(pictures)):
+            awake = t < DREAM_AWAKE or (t - DREAM_AWAKE) % DREAM_LENGTH == 0
+            if awake:
+                real_state, dreamt = state, mu[t : t + 1]
+            imagined = to_pictures(agent.vision.decode(torch.cat([mu[t : t + 1], dreamt])))
+            panels = np.concatenate([lap["pictures"][t : t + 1], imagined]).repeat(5, 1).repeat(5, 2)
+            panels[2, :8] = (60, 60, 60) if awake else (230, 160, 40)  # a bar over the dream that is one
+            video.append_data(np.concatenate(panels, 1))
+            _, state = agent.memory(mu[t : t + 1, None], actions[t : t + 1, None], state)
+            real_state = state if awake else agent.memory(dreamt[None], actions[t : t + 1, None], real_state)[1]
+            dreamt = sample_next(agent.memory, real_state[0][0], 1, args.temperature, chance)[0]
+    values = torch.linspace(-3, 3, 9)
+    base = mu[len(mu) // 2]
+    z = base.repeat(LATENTS, len(values), 1)
+    z[torch.arange(LATENTS), :, torch.arange(LATENTS)] = values
+    decoded = to_pictures(agent.vision.decode(z.flatten(0, 1))).reshape(2, LATENTS // 2, len(values), SIZE, SIZE, 3)
+    grid = decoded.transpose(1, 3, 0, 2, 4, 5).reshape(LATENTS // 2 * SIZE, -1, 3)
+    imageio.v3.imwrite(folder / "latents.png", grid)
+    print(f"return {lap['return']:.1f} in the film (seed {args.eval_seed}, FastCarRacing)")
+    print(f"written to {folder}/: dream.mp4 (reality, what V keeps of it, M's dream) and latents.png (-3 to 3 each)")
+
+
+DREAM_AWAKE, DREAM_LENGTH = 60, 150  # frames of the film before the first dream, and until it wakes up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+CALL = ("resume", "evaluate", "dream", "stages", "workers", "eval_fast")  # belong to one call, not to a run
+OPEN = ("device", "rounds", "eval_episodes", "eval_seed", "eval_interval")  # may change on resuming
+
+
+def args_to_plain(args):
+    """Args as plain values for JSON and checkpoints; what belongs to one call only is left out."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in CALL}
+
+
+def still_to_do(args, done):
+    """Rounds and stages that are not done, in order."""
+    every = [(round_, stage) for round_ in range(1, args.rounds + 1) for stage in STAGES[:-1]]
+    return [pair for pair in every if list(pair) not in done]
+
+
+def disk_need(args):
+    """Bytes of a run's footage, latents and checkpoints."""
+    return args.rounds * args.collect_frames * (SIZE * SIZE * 3 + 4 * COLUMNS + 8 * LATENTS) + 200_000_000
+
+
+def check_args(args, done=()):
+    """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
+    limits = {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "vision_batch", "tracks")}
+    limits |= {name: (1, np.inf) for name in ("memory_batch", "dream_starts", "dream_steps", "validation_tracks")}
+    limits |= {name: (0, np.inf) for name in ("vision_epochs", "memory_epochs", "dream_generations")}
+    limits |= {"seed": (0, 70), "population": (4, np.inf), "generations": (1, np.inf), "max_frames": (60, 1000)}
+    limits["eval_seed"] = (0, 900_000)  # the tracks to learn on come after
+    limits |= {"collect_frames": (100, np.inf), "vision_lr": (0, 1), "memory_lr": (0, 1), "sigma": (1e-6, 10)}
+    limits |= {"temperature": (0.01, 10), "dream_dropout": (0, 0.99)} | ({"workers": (1, 1024)} if args.workers else {})
+    for name, (least, most) in limits.items():
+        value, flag = getattr(args, name), name.replace("_", "-")
+        if not least <= value <= most:
+            wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
+            raise UsageError(f"--{flag} is {value}: type {wanted}.")
+    if args.evaluate or args.dream:
+        return args
+    to_do = [stage for _, stage in still_to_do(args, done)]
+    wanted = [stage for stage in STAGES if stage in args.stages]
+    missing = "controller" if wanted == ["evaluate"] and not any(stage == "controller" for _, stage in done) else None
+    if to_do and wanted[0] != "evaluate" and to_do[0] not in wanted:
+        missing = to_do[0]
+    if missing:
+        stages = " ".join(stage for stage in STAGES if stage in (missing, *wanted))
+        raise UsageError(f"The stage {wanted[0]} needs {missing} first: type --stages {stages}.")
+    where = next(path for path in (Path("runs").absolute(), Path.cwd()) if path.exists())
+    free, need = shutil.disk_usage(where).free / 1e9, disk_need(args) / 1e9
+    if need > free and not done:
+        wanted = "type a smaller --collect-frames, or start in a folder on another disk"
+        raise UsageError(f"The footage needs {need:.1f} GB and {where} has {free:.1f} GB free: {wanted}.")
+    return args
+
+
+def parse(argv):
+    """The command line as Args, and the checkpoint that is resumed or used, whose settings are the defaults."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    path = args.evaluate or args.dream or (args.resume and args.resume / "last.pt")
+    if not path:
+        return check_args(tyro.cli(Args, args=argv, default=Args(**QUICK)) if args.quick else args), None
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint["args"]
+    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name not in OPEN]
+    if args.resume and changed:
+        flag = changed[0].replace("_", "-")
+        raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --name.")
+    return check_args(args, checkpoint.get("done", ())), checkpoint
+
+
+def main():
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        # Keep freed memory instead of handing every large tensor back to the kernel: learning takes half the time.
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    try:
+        args, checkpoint = parse(sys.argv[1:])
+        if args.evaluate:
+            evaluate(args, checkpoint)
+        elif args.dream:
+            film_dream(args, checkpoint)
+        else:
+            train(args, checkpoint)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
