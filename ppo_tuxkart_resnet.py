@@ -1648,7 +1648,7 @@ def note_differences(made_on, here):
 class Logger:
     """The same scalars to TensorBoard and to metrics.jsonl, which a resumed run cuts back to its checkpoint."""
 
-    def __init__(self, folder, args, iteration):
+    def __init__(self, folder, args, iteration, step):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
@@ -1656,7 +1656,7 @@ class Logger:
         temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
         os.replace(temporary, self.path)
         self.file = open(self.path, "a", buffering=1)
-        self.board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+        self.board = SummaryWriter(folder, purge_step=step + 1 if iteration else None)
         rows = [f"|{field.name}|{getattr(args, field.name)}|" for field in dataclasses.fields(args)]
         self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
 
@@ -1674,12 +1674,6 @@ class Logger:
         height, width = frames[0].shape[:2]
         image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-    def diagnose(self, actions, sizes, picture, step):
-        """What was chosen in each action's dimension, and the map of the evaluation races."""
-        for name, column in zip(sizes, actions.flatten(0, -2).unbind(-1), strict=True):
-            self.board.add_histogram(f"actions/{name}", column.cpu(), step)
-        self.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
 
     def close(self):
         self.file.close()
@@ -1749,9 +1743,8 @@ def train(args, checkpoint=None):
         folder.mkdir(parents=True, exist_ok=True)
         plain = args_to_plain(args)
         (folder / "config.json").write_text(json.dumps(plain | {"made_on": made_on}, indent=2) + "\n")
-        logger = Logger(folder, args, iteration)
-
         batch_size = args.num_envs * args.num_steps
+        logger = Logger(folder, args, iteration, iteration * batch_size)
         iterations = args.total_timesteps // batch_size
         print(f"{folder}: {made_on['engine']} {made_on['engine_version']}, assets {made_on['assets']}, {device}")
         bar = tqdm(total=iterations * batch_size, initial=iteration * batch_size, unit=" decisions", smoothing=0.05)
@@ -1808,8 +1801,11 @@ def train(args, checkpoint=None):
                 if summary["finished"]:
                     metrics |= {"eval/median_lap": summary["median"], "eval/best_lap": summary["best"]}
                 logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
-                sizes = action_sizes(args.actions, args.speeds)
-                logger.diagnose(sampler.actions, sizes, draw_map(arena.get_attr("geometry")[0], races), step)
+                picture = draw_map(arena.get_attr("geometry")[0], races)
+                logger.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
+                names = action_sizes(args.actions, args.speeds)
+                for name, chosen in zip(names, sampler.actions.unbind(-1), strict=True):
+                    logger.board.add_histogram(f"actions/{name}", chosen.cpu(), step)
                 note = f"{summary['median']:.2f} s" if summary["finished"] else f"progress {summary['progress']:.0%}"
                 bar.write(f"{step:>9} decisions: {summary['finished']}/{summary['races']} finished, {note}")
                 if best is None or score(summary) > tuple(best):

@@ -759,7 +759,7 @@ def note_differences(made_on, here):
 class Logger:
     """The same scalars to TensorBoard and to metrics.jsonl, which a resumed run cuts back to its checkpoint."""
 
-    def __init__(self, folder, args, iteration):
+    def __init__(self, folder, args, iteration, step):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
@@ -767,7 +767,7 @@ class Logger:
         temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
         os.replace(temporary, self.path)
         self.file = open(self.path, "a", buffering=1)
-        self.board = SummaryWriter(folder, purge_step=iteration + 1 if iteration else None)
+        self.board = SummaryWriter(folder, purge_step=step + 1 if iteration else None)
         rows = [f"|{field.name}|{getattr(args, field.name)}|" for field in dataclasses.fields(args)]
         self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
 
@@ -820,7 +820,7 @@ class Run:
         self.logger, self.tqdm, self.clock = None, tqdm, time.time()
 
     def open_logs(self):
-        self.logger = Logger(self.folder, self.args, self.iteration)
+        self.logger = Logger(self.folder, self.args, self.iteration, self.iteration)
         for frames, score in self.state["scores"]:  # a resumed run's board has lost them
             self.logger.board.add_scalar("score_against_frames", score, frames)
 

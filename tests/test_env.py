@@ -254,7 +254,7 @@ def test_the_games_ai_finishes_scotland(engine):
     assert info["finished"] and info["end"] == "finished" and info["progress"] == 1.0
     assert 42 < info["lap_time"] < 56  # 47.3 and 48.5 s were its medians
     assert info["lap_time"] == pytest.approx(info["seconds"], abs=0.6)
-    assert total == pytest.approx(0.1 * length + 10 - 0.5 * info["lap_time"], rel=0.03)
+    assert total == pytest.approx(0.1 * length + 25 - 0.5 * info["lap_time"], rel=0.03)
 
 
 def play(env, generator, steps):

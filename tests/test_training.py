@@ -118,6 +118,8 @@ def test_killed_and_resumed_is_never_killed(case, tmp_path):
 
     expected = metrics(tmp_path / "runs" / "whole")
     assert len(expected) == 36
+    board = EventAccumulator(str(folder)).Reload()  # which hides what was logged after the checkpoint, and only that
+    assert [event.step for event in board.Scalars("charts/SPS")] == [row["global_step"] for row in expected]
     assert metrics(tmp_path / "runs" / "again") == expected  # same seed, same numbers
     assert metrics(folder) == expected
     ours, theirs = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("killed", "whole"))
