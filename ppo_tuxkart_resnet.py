@@ -10,6 +10,7 @@ normalization of the EC418 notebook. `diff ppo_tuxkart.py ppo_tuxkart_resnet.py`
     python ppo_tuxkart_resnet.py --evaluate runs/<name>/best.pt                     # race it against the game's own AI
 """
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -444,7 +445,7 @@ class TuxKartEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
-    _process_is_busy = False
+    _process_is_busy, _started, _loads = False, None, 0  # this process's game: in use, which one, loads since its start
 
     def __init__(
         self, track="scotland", engine="auto", width=64, height=64, frame_stack=2, step_size=0.15, random_start=0.0,
@@ -462,17 +463,22 @@ class TuxKartEnv(gym.Env):
         self.action_space = gym.spaces.MultiDiscrete(list(action_sizes(actions, speeds).values()))
         self.substeps, self.on_frame = 1, None  # a film draws several pictures a decision
         self._stk = self._race = None
-        self._loads = 0
 
     def _boot(self):
         """Starts the engine, once in a process."""
         if TuxKartEnv._process_is_busy:
             raise RuntimeError("One game runs per process: close the other TuxKartEnv, or use AsyncVectorEnv.")
-        self._stk = stk = load_engine(self.engine)
-        graphics = stk.GraphicsConfig.ld() if self.driver == "agent" else stk.GraphicsConfig.none()
-        graphics.screen_width, graphics.screen_height = self.size
-        stk.init(graphics)
-        TuxKartEnv._process_is_busy = True
+        stk = load_engine(self.engine)
+        wanted = (stk, self.size, self.driver == "agent")
+        if TuxKartEnv._started != wanted:
+            if TuxKartEnv._started:  # pystk2 often crashes on a second start
+                raise RuntimeError("A process keeps its first game: make this one as large, or in a new process.")
+            graphics = stk.GraphicsConfig.ld() if self.driver == "agent" else stk.GraphicsConfig.none()
+            graphics.screen_width, graphics.screen_height = self.size
+            stk.init(graphics)
+            atexit.register(stk.clean)
+            TuxKartEnv._started = wanted
+        TuxKartEnv._process_is_busy, self._stk = True, stk
         # Wind and the like move with the wall clock, so no two races would look alike: they get the game's clock.
         library = ctypes.CDLL(stk.__file__)
         names = ("os5Timer8setSpeedEf", "os5Timer7setTimeEj", "os10Randomizer5resetEi")
@@ -498,7 +504,7 @@ class TuxKartEnv(gym.Env):
         self._set_clock(0)
         self._race = stk.Race(config)
         self._race.start()
-        self._loads += 1
+        TuxKartEnv._loads += 1
         track = stk.Track()
         track.update()
         self.geometry = TrackGeometry(track.path_nodes, track.path_width, track.path_distance, track.length)
@@ -655,9 +661,8 @@ class TuxKartEnv(gym.Env):
     def close(self):
         if self._stk is not None:
             self._unload_race()
-            self._stk.clean()
             self._stk = None
-            TuxKartEnv._process_is_busy = False
+            TuxKartEnv._process_is_busy = False  # the game stays, for the next one
 
     @property
     def snapshot(self):
