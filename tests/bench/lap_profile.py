@@ -1,6 +1,6 @@
 """Where on the track a checkpoint loses time to the game's AI.
 
-    python tests/bench/lap_profile.py runs/<name>/best.pt --json profile.json
+    python tests/bench/lap_profile.py runs/<name>/best.pt --out profile.json
 
 Races both on the evaluation's starts and prints the median seconds and speed of each stretch.
 """
@@ -23,7 +23,7 @@ class Profile:
     checkpoint: tyro.conf.Positional[Path]  # whose greedy races are looked at
     races: int = 8  # races of each
     stretch: float = 60.0  # metres
-    json: Path | None = None  # file for the result
+    out: Path | None = None  # file for the result
 
 
 def by_stretch(geometry, trail, edges):
@@ -64,8 +64,8 @@ def main(settings):
         stretch = f"{edges[i]:.0f}-{edges[i + 1]:.0f}"
         ends = f"{ours['speed'][i + 1]:.1f}, {theirs['speed'][i + 1]:.1f} m/s"
         print(f"{stretch:>12}{mine:>8.2f} s{other:>8.2f} s{mine - other:>+8.2f}{ends:>20}")
-    if settings.json:
-        settings.json.write_text(json.dumps(result, indent=1) + "\n")
+    if settings.out:
+        settings.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
