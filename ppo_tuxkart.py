@@ -15,26 +15,31 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.metadata
+import io
 import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import types
 import xml.etree.ElementTree
 from collections import Counter, deque
+from multiprocessing import connection
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Union, get_args, get_origin
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import nn
 
@@ -57,7 +62,7 @@ class Args:
 
     # the game
     engine: Literal["auto", "pystk", "pystk2"] = "auto"  # game bindings; auto prefers the faster pystk
-    num_envs: int = 16  # game processes
+    num_envs: int = 16  # game processes; with torchrun, of every rank
     width: int = 64  # width of the picture, in pixels
     height: int = 64  # height of the picture, in pixels
     frame_stack: int = 2  # pictures the network sees; one alone hides the speed
@@ -93,6 +98,10 @@ class Args:
 
 class UsageError(Exception):
     """What the user typed, or what the machine lacks; the message is one sentence that says what to type next."""
+
+
+class RunError(Exception):
+    """What went wrong while it ran; the message is one sentence."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,8 +416,8 @@ class TuxKartEnv(gym.Env):
     camera's motion; without a seed a reset takes a hundredth of that. `reset(seed=..., options={"race": True})` starts
     an evaluation race: from the line, with a disturbance drawn from the seed (up to 2 m aside, 10 degrees askew and
     0.2 s late), ended by the finish, the time limit or 15 s without progress.
-    One game runs per process: use gymnasium's AsyncVectorEnv for more. With `driver="ai"` the game's own AI drives,
-    nothing is drawn, actions are ignored and observations are black.
+    One game runs per process: use `Games` or gymnasium's AsyncVectorEnv for more. With `driver="ai"` the game's own AI
+    drives, nothing is drawn, actions are ignored and observations are black.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
@@ -486,7 +495,7 @@ class TuxKartEnv(gym.Env):
         if self._stk is None:
             self._boot()
         options = options or {}
-        self._in_race = bool(options.get("race"))
+        self.in_race = bool(options.get("race"))
         if self._race is None or seed is not None or self.driver == "ai":  # a restart would take the wheel from the AI
             self._load_race()
             self._history = []
@@ -500,8 +509,8 @@ class TuxKartEnv(gym.Env):
             self._hold(4.9)
             while self._world.time == 0:
                 self._hold(0.05)
-        self._from_line = self._in_race or self.np_random.random() >= self.random_start
-        if self._in_race:
+        self._from_line = self.in_race or self.np_random.random() >= self.random_start
+        if self.in_race:
             self._disturb_start(location, heading)
         elif not self._from_line:
             self._start_anywhere()
@@ -532,7 +541,7 @@ class TuxKartEnv(gym.Env):
         along, offset, heading, width = self.geometry.locate(kart.location)
         gain = min(self.geometry.gain(self._along, along), TOP_SPEED * self.step_size)
         self._along, self._progress, self._speed = along, self._progress + gain, math.hypot(*kart.velocity)
-        if self._in_race:
+        if self.in_race:
             self.trail.append((now, *kart.location, self._speed))
         if self._progress > self._best + STUCK_METRES:
             self._best, self._best_at = self._progress, now
@@ -545,11 +554,11 @@ class TuxKartEnv(gym.Env):
         at_line = not self._from_line and self._progress >= self._distance
         end = "finished" if kart.finish_time > 0 else "line" if at_line else ""
         finished = bool(end)
-        if not end and now - self._best_at >= (RACE_STUCK_SECONDS if self._in_race else STUCK_SECONDS):
+        if not end and now - self._best_at >= (RACE_STUCK_SECONDS if self.in_race else STUCK_SECONDS):
             end = "stuck"
-        if not end and not self._in_race and self._progress < self._best - BACKWARDS_METRES:
+        if not end and not self.in_race and self._progress < self._best - BACKWARDS_METRES:
             end = "backwards"
-        if not end and not self._in_race and off_track > OFF_TRACK_METRES:
+        if not end and not self.in_race and off_track > OFF_TRACK_METRES:
             end = "off track"
         terminated = bool(end)
         truncated = not terminated and now - self._start >= self._limit
@@ -583,6 +592,7 @@ class TuxKartEnv(gym.Env):
             "return": sum(self._parts.values()),
             "from_line": self._from_line,
             "end": end,
+            **({"snapshot": self.snapshot, "trail": self.trail} if self.in_race else {}),
         } | {f"reward/{name}": total for name, total in self._parts.items()}
 
     def _events(self, controls):
@@ -811,6 +821,39 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     return advantages
 
 
+def mean_over_ranks(tensor):
+    """The mean of a tensor over all of torchrun's ranks; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def gather(thing):
+    """What each rank holds, as a list."""
+    things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def moments(values):
+    """Mean and standard deviation of (B,) values, over all ranks' together."""
+    count = len(values) * (dist.get_world_size() if dist.is_initialized() else 1)
+    mean = mean_over_ranks(values.mean())
+    variance = mean_over_ranks(((values - mean) ** 2).mean()) * (count / (count - 1))
+    return mean, variance.sqrt()
+
+
+def average_gradients(agent):
+    """Gives every rank the mean gradient, in one message."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
 def ppo_loss(agent, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
     """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of one minibatch.
 
@@ -821,7 +864,8 @@ def ppo_loss(agent, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
     logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec, agent.epsilon)
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
-    advantages = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
+    mean, deviation = moments(batch["advantages"])
+    advantages = (batch["advantages"] - mean) / (deviation + 1e-8)
     policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
     value_error = (values - batch["returns"]) ** 2
     if clip_vloss:
@@ -842,8 +886,9 @@ def ppo_loss(agent, batch, clip_coef, clip_vloss, ent_coef, vf_coef):
 def ppo_update(agent, optimizer, batch, args):
     """All passes over one iteration's data; batch: tensors of B rows each, as in `ppo_loss`.
 
-    Returns the scalars of `ppo_loss` averaged over the minibatches (ratio_error: of the first, where it shows how far
-    sampling and learning disagree about the same network), and explained_variance.
+    With torchrun every rank brings a batch of its own, and all take the same steps, by the mean gradient. Returns the
+    scalars of `ppo_loss` averaged over the minibatches (ratio_error: of the first, where it shows how far sampling and
+    learning disagree about the same network), and explained_variance. Raises RunError for a gradient that is no number.
     """
     size = len(batch["returns"])
     totals, first_error, stop = [], None, False
@@ -853,24 +898,162 @@ def ppo_update(agent, optimizer, batch, args):
             loss, scalars = ppo_loss(agent, minibatch, args.clip_coef, args.clip_vloss, args.ent_coef, args.vf_coef)
             first_error = scalars["losses/ratio_error"] if first_error is None else first_error
             totals.append(scalars)
-            stop = args.target_kl is not None and scalars["losses/approx_kl"] > args.target_kl
+            if args.target_kl is not None:
+                stop = mean_over_ranks(scalars["losses/approx_kl"].clone()) > args.target_kl
             if stop:
                 break
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            average_gradients(agent)
+            if not nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).isfinite():
+                raise RunError("The loss has a gradient that is not a finite number: try a smaller --learning-rate")
             optimizer.step()
         if stop:
             break
-    metrics = {key: torch.stack([scalars[key] for scalars in totals]).mean().item() for key in totals[0]}
-    metrics["losses/ratio_error"] = first_error.item()
+    metrics = {key: torch.stack([scalars[key] for scalars in totals]).mean() for key in totals[0]}
+    metrics["losses/ratio_error"] = first_error
     residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
-    metrics["losses/explained_variance"] = 1 - residual.item()
-    return metrics
+    metrics["losses/explained_variance"] = 1 - residual
+    return dict(zip(metrics, mean_over_ranks(torch.stack(list(metrics.values()))).tolist(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
+
+
+def play(make_env, index, pipe, newest, last):
+    """A game process: does what the pipe asks for, and answers (True, result) or (False, why not).
+
+    newest, last: shared memory for the newest pictures of all games, and for those that their last episode ended with.
+    """
+    env = make_env()
+    shape = (-1, *env.observation_space.shape)
+    newest, last = (np.frombuffer(memory, np.uint8).reshape(shape)[index] for memory in (newest, last))
+    while True:
+        command, argument = pipe.recv()
+        result = None
+        try:
+            if command == "step":
+                newest[:], *result = env.step(argument)
+                if (result[1] or result[2]) and not env.in_race:
+                    last[:] = newest
+                    newest[:], _ = env.reset()
+            elif command == "reset":
+                newest[:], _ = env.reset(**argument)
+            elif command == "set":
+                setattr(env, *argument)
+                if argument[0] == "snapshot":
+                    newest[:] = env.observation()
+            else:
+                result = getattr(env, argument)
+        except Exception as error:
+            pipe.send((False, f"{type(error).__name__}: {error}"))
+            return
+        pipe.send((True, result))
+
+
+class Games:
+    """TuxKartEnvs that play in step, each in a process of its own.
+
+    What gymnasium's AsyncVectorEnv does in SAME_STEP mode, to the number (races wait for the next reset), written out
+    because a game that dies, or is silent for `timeout` seconds, is replaced by a new one, and the others play on.
+
+    newest, last: uint8 (N, C, H, W), in shared memory; the pictures now, and those that the last episodes ended with.
+    """
+
+    timeout, patience = 60.0, 3  # seconds for a decision; losses of one game without a single decision in between
+
+    def __init__(self, make_envs):
+        self.make_envs, count = make_envs, len(make_envs)
+        env = make_envs[0]()  # for its spaces; it starts no game
+        shape = (count, *env.observation_space.shape)
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self._memory = [multiprocessing.RawArray("B", math.prod(shape)) for _ in range(2)]
+        self.newest, self.last = (np.frombuffer(memory, np.uint8).reshape(shape) for memory in self._memory)
+        self.lost, self._in_a_row, self._settings, self._asked = 0, [0] * count, {}, {}
+        self.processes, self._pipes = [None] * count, [None] * count
+        for i in range(count):
+            self._start(i)
+
+    def __len__(self):
+        return len(self.processes)
+
+    def _start(self, i):
+        self._pipes[i], theirs = multiprocessing.Pipe()
+        arguments = (self.make_envs[i], i, theirs, *self._memory)
+        self.processes[i] = multiprocessing.Process(target=play, args=arguments, daemon=True)
+        self.processes[i].start()
+        theirs.close()
+
+    def _end(self, i):
+        self.processes[i].kill()
+        self.processes[i].join()
+        self._pipes[i].close()
+
+    def send(self, command, arguments):
+        """Asks games for something; arguments: {game: argument}. `receive` must follow."""
+        self._asked = {i: (command, argument) for i, argument in arguments.items()}
+        for i, question in self._asked.items():
+            with contextlib.suppress(OSError):  # that it is dead shows when it should answer
+                self._pipes[i].send(question)
+
+    def receive(self):
+        """The answers to `send`, {game: answer}. Raises RunError when one game is lost again and again.
+
+        Of a step: reward, terminated, truncated and info. A lost game's episode is over, truncated where it was, and
+        has no info (None).
+        """
+        asked, answers = self._asked, {}
+        waiting = {self._pipes[i]: i for i in asked}
+        deciding = all(command == "step" for command, _ in asked.values())
+        timeout = self.timeout * (1 if deciding else 60)  # a busy machine takes long to load, and to replay snapshots
+        while waiting:
+            # Twice, because while the whole program was suspended the time ran on.
+            ready = connection.wait(waiting, timeout / 2) or connection.wait(waiting, timeout / 2)
+            for pipe in ready or list(waiting):
+                i = waiting.pop(pipe)
+                try:
+                    fine, answer = pipe.recv() if ready else (False, f"did not answer for {timeout:.0f} s")
+                except (EOFError, OSError):
+                    self.processes[i].join(1)
+                    fine, answer = False, f"ended with exit code {self.processes[i].exitcode}"
+                if fine and asked[i][0] == "step":
+                    self._in_a_row[i] = 0
+                answers[i] = answer if fine else self._replace(i, asked[i], answer)
+        return {i: answers[i] for i in asked}
+
+    def _replace(self, i, question, why):
+        """Starts a new game in place of a lost one. Returns its answer to what that was asked."""
+        self.lost += 1
+        self._in_a_row[i] += 1
+        if self._in_a_row[i] > self.patience:
+            raise RunError(f"A game was lost {self._in_a_row[i]} times in a row; the last one {why}")
+        self._end(i)
+        self._start(i)
+        for name, values in self._settings.items():
+            self.ask("set", {i: (name, values)})
+        if question[0] in ("step", "get"):
+            self.last[i] = self.newest[i]
+            self.ask("reset", {i: {"seed": 10**9 + self.lost}})
+        return (0.0, False, True, None) if question[0] == "step" else self.ask(question[0], {i: question[1]})[i]
+
+    def ask(self, command, arguments):
+        """`send` and `receive`."""
+        self.send(command, arguments)
+        return self.receive()
+
+    def get(self, name):
+        """An attribute of every game's environment, as a list."""
+        return list(self.ask("get", dict.fromkeys(range(len(self)), name)).values())
+
+    def set(self, name, value):
+        """Sets an attribute of every game's environment, and of those that replace it."""
+        self._settings[name] = value
+        self.ask("set", dict.fromkeys(range(len(self)), (name, value)))
+
+    def close(self):
+        for i in range(len(self)):
+            self._end(i)
 
 
 RELOAD_INTERVAL = 32  # iterations after which the games start afresh: a resumed run replays no more than that
@@ -884,11 +1067,8 @@ class Sampler:
         halves = np.array_split(np.arange(args.num_envs), min(2, args.num_envs))
         envs = [make_env(args, args.track[i % len(args.track)], args.random_start) for i in range(args.num_envs)]
         self.columns = [slice(int(half[0]), int(half[-1]) + 1) for half in halves]
-        self.groups = [
-            gym.vector.AsyncVectorEnv(envs[c], copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-            for c in self.columns
-        ]
-        space, actions = self.groups[0].single_observation_space, self.groups[0].single_action_space
+        self.groups = [Games(envs[c]) for c in self.columns]
+        space, actions = self.groups[0].observation_space, self.groups[0].action_space
         shape = (args.num_steps, args.num_envs)
         self.obs = torch.zeros(shape + space.shape, dtype=torch.uint8, device=device)  # (T, N, C, H, W)
         self.actions = torch.zeros((*shape, len(actions.nvec)), dtype=torch.int64, device=device)
@@ -896,23 +1076,24 @@ class Sampler:
         self.values, self.next_values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.rewards = np.zeros(shape, np.float32)
         self.terminations, self.dones = np.zeros(shape, bool), np.zeros(shape, bool)
-        self.next_obs = [None] * len(self.groups)
 
     def reset(self, seed):
         """Loads the track and starts an episode in every environment; environment i is seeded with seed + i."""
         for group, columns in zip(self.groups, self.columns, strict=True):
-            group.reset_async(seed=list(range(seed + columns.start, seed + columns.stop)))
-        self.next_obs = [group.reset_wait()[0] for group in self.groups]
+            group.send("reset", {i: {"seed": seed + columns.start + i} for i in range(len(group))})
+        for group in self.groups:
+            group.receive()
 
     def snapshots(self):
         """The running episode of every environment, to be stored in a checkpoint."""
-        return [snapshot for group in self.groups for snapshot in group.get_attr("snapshot")]
+        return [snapshot for group in self.groups for snapshot in group.get("snapshot")]
 
     def restore(self, snapshots):
         """Drives every environment to where its snapshot was taken."""
         for group, columns in zip(self.groups, self.columns, strict=True):
-            group.set_attr("snapshot", snapshots[columns])
-        self.next_obs = [np.stack(group.call("observation")) for group in self.groups]
+            group.send("set", {i: ("snapshot", snapshot) for i, snapshot in enumerate(snapshots[columns])})
+        for group in self.groups:
+            group.receive()
 
     @torch.no_grad()
     def collect(self, agent):
@@ -922,32 +1103,32 @@ class Sampler:
             for g, columns in enumerate(self.columns):
                 if t > 0:
                     self._receive(t - 1, g, episodes, last_pictures)
-                self.obs[t, columns] = torch.from_numpy(self.next_obs[g]).to(device)
+                self.obs[t, columns] = torch.from_numpy(self.groups[g].newest).to(device)
                 self.logits[t, columns], self.values[t, columns] = agent(self.obs[t, columns])
-                self.actions[t, columns] = actions = choose_actions(
-                    self.logits[t, columns], agent.nvec, epsilon=agent.epsilon
-                )
-                self.groups[g].step_async(actions.cpu().numpy())
+                actions = choose_actions(self.logits[t, columns], agent.nvec, epsilon=agent.epsilon)
+                self.actions[t, columns] = actions
+                self.groups[g].send("step", dict(enumerate(actions.tolist())))
         for g in range(len(self.groups)):
             self._receive(len(self.obs) - 1, g, episodes, last_pictures)
 
         self.next_values[:-1] = self.values[1:]
         for g, columns in enumerate(self.columns):
-            self.next_values[-1, columns] = agent(torch.from_numpy(self.next_obs[g]).to(device))[1]
+            self.next_values[-1, columns] = agent(torch.from_numpy(self.groups[g].newest).to(device))[1]
         for t, env, picture in last_pictures:
             self.next_values[t, env] = agent(torch.from_numpy(picture)[None].to(device))[1][0]
         return episodes
 
     def _receive(self, t, g, episodes, last_pictures):
         """Waits for the step t of group g. A truncated episode's last picture is kept for its bootstrap value."""
-        columns = self.columns[g]
-        self.next_obs[g], rewards, terminations, truncations, infos = self.groups[g].step_wait()
-        self.rewards[t, columns], self.terminations[t, columns] = rewards, terminations
-        self.dones[t, columns] = terminations | truncations
-        for i in np.flatnonzero(terminations | truncations):
-            episodes.append({key: infos["final_info"][key][i] for key in infos["final_info"] if key[0] != "_"})
-            if truncations[i]:
-                last_pictures.append((t, columns.start + int(i), infos["final_obs"][i]))
+        for i, (reward, terminated, truncated, info) in self.groups[g].receive().items():
+            n = self.columns[g].start + i
+            if not math.isfinite(reward):
+                raise RunError(f"The reward {reward} is not a finite number: look at --reward and its weights")
+            self.rewards[t, n], self.terminations[t, n], self.dones[t, n] = reward, terminated, terminated or truncated
+            if truncated:
+                last_pictures.append((t, n, self.groups[g].last[i].copy()))
+            if info:
+                episodes.append(info)
 
     def batch(self, agent, gamma, gae_lambda):
         """The storage as one flat batch for `ppo_update`."""
@@ -963,59 +1144,49 @@ class Sampler:
 
     def close(self):
         for group in self.groups:
-            group.close(terminate=True)
+            group.close()
 
 
 def make_env(args, track, random_start=0.0, driver="agent"):
-    """A function without arguments that makes one environment, for AsyncVectorEnv."""
+    """A function without arguments that makes one environment, for `Games`."""
     settings = {name: getattr(args, name) for name in ENV_SETTINGS + RACE_SETTINGS}
-    return lambda: TuxKartEnv(track=track, random_start=random_start, driver=driver, **settings)
+    return functools.partial(TuxKartEnv, track=track, random_start=random_start, driver=driver, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def race_envs(args, track, driver="agent"):
-    """Game processes for evaluation races, a few more than there are cores."""
-    count = min(args.eval_episodes, 2 * (os.cpu_count() or 1))
-    envs = [make_env(args, track, driver=driver)] * count
-    return gym.vector.AsyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+def race_games(args, track, driver="agent"):
+    """Games for evaluation races, a few more than there are cores."""
+    return Games([make_env(args, track, driver=driver)] * min(args.eval_episodes, 2 * (os.cpu_count() or 1)))
 
 
-def run_races(envs, policy, seeds, keep_frames=0):
+def run_races(games, policy, seeds, keep_frames=0):
     """Drives one evaluation race per seed. policy: pictures (K, C, H, W) -> actions (K, A).
 
-    Returns a list of dicts in the order of the seeds: the env's final info, the seed, the snapshot that replays the
-    race, its trail (clock, x, y, z, speed), and, for the first `keep_frames` races, the newest picture of every
+    Returns a list of dicts in the order of the seeds: the env's final info (with the snapshot that replays the race,
+    and its trail: clock, x, y, z, speed), the seed, and, for the first `keep_frames` races, the newest picture of every
     decision, uint8 (T, H, W, 3).
     """
-    waiting, results = deque(seeds), {}
-    racing = [None] * envs.num_envs  # the seed that each environment races
+    waiting, racing, results = deque(seeds), {}, {}  # racing: {game: seed}
     frames = {seed: [] for seed in list(seeds)[:keep_frames]}
-
-    def start(mask):
-        for i in np.flatnonzero(mask):
-            racing[i] = waiting.popleft()
-        own = [seed if mask[i] else None for i, seed in enumerate(racing)]
-        return envs.reset(seed=own, options={"race": True, "reset_mask": mask})[0]
-
-    obs = start(np.arange(envs.num_envs) < len(seeds))
     while len(results) < len(seeds):
-        for i, seed in enumerate(racing):
+        starts = {i: waiting.popleft() for i in range(len(games)) if i not in racing and waiting}
+        racing |= starts
+        games.ask("reset", {i: {"seed": seed, "options": {"race": True}} for i, seed in starts.items()})
+        for i, seed in racing.items():
             if seed in frames:
-                frames[seed].append(obs[i, -3:].transpose(1, 2, 0).copy())
-        obs, _, terminations, truncations, infos = envs.step(policy(obs))
-        done = (terminations | truncations) & [seed is not None for seed in racing]
-        if done.any():
-            snapshots, trails = envs.get_attr("snapshot"), envs.get_attr("trail")
-            for i in np.flatnonzero(done):
-                race = {key: infos[key][i] for key in infos if key[0] != "_"}
-                results[racing[i]] = race | {"seed": racing[i], "snapshot": snapshots[i], "trail": trails[i]}
-                racing[i] = None
-            start_mask = done & (np.cumsum(done) <= len(waiting))
-            if start_mask.any():
-                obs = start(start_mask)
+                frames[seed].append(games.newest[i, -3:].transpose(1, 2, 0).copy())
+        actions = policy(games.newest).tolist()
+        for i, (_, terminated, truncated, info) in games.ask("step", {i: actions[i] for i in racing}).items():
+            if terminated or truncated:
+                seed = racing.pop(i)
+                if info:
+                    results[seed] = info | {"seed": seed}
+                else:  # its game was lost
+                    waiting.append(seed)
+                    frames = {key: [] if key == seed else kept for key, kept in frames.items()}
     return [results[seed] | {"frames": frames.get(seed)} for seed in seeds]
 
 
@@ -1157,12 +1328,12 @@ def evaluate(args, checkpoint):
     }
     races = {}
     for name, (driver, policy, keep_frames) in drivers.items():
-        envs = race_envs(args, track, driver)
+        games = race_games(args, track, driver)
         try:
-            races[name] = run_races(envs, policy, seeds, keep_frames)
-            geometry = envs.get_attr("geometry")[0]
+            races[name] = run_races(games, policy, seeds, keep_frames)
+            geometry = games.get("geometry")[0]
         finally:
-            envs.close(terminate=True)
+            games.close()
 
     result = here | {"checkpoint": str(args.evaluate), "iteration": checkpoint["iteration"], "seeds": seeds}
     result |= {name: summarize(races[name]) for name in drivers}
@@ -1209,14 +1380,19 @@ def evaluate(args, checkpoint):
 
 def save_atomically(contents, path):
     """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
-    temporary, held = path.with_suffix(".tmp"), []
+    temporary, held, buffer = path.with_suffix(".tmp"), [], io.BytesIO()
     on_interrupt = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # torch.save would break
     try:
+        torch.save(contents, buffer)
         with open(temporary, "wb") as file:
-            torch.save(contents, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
     if held and callable(on_interrupt):
@@ -1230,12 +1406,26 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"args", "made_on", "agent", "iteration"} - checkpoint.keys()
+        kinds = {field.name: field.type for field in dataclasses.fields(Args)} | {"init_from": str | None}
+        known = all(name in kinds and fits(value, kinds[name]) for name, value in checkpoint["args"].items())
+        known &= fits(checkpoint["made_on"].get("speed_cap"), float | None)
+        known &= all(isinstance(number, int) for number in (checkpoint["iteration"], *checkpoint["made_on"]["actions"]))
     except Exception as error:
         raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
-    known = {field.name for field in dataclasses.fields(Args)}
-    if missing or not checkpoint["args"].keys() <= known:
+    if missing or not known:
         raise UsageError(f"{path} is a checkpoint of another script or version: type another path.")
     return checkpoint
+
+
+def fits(value, kind):
+    """Whether a value has a type of Args: a plain one, a Literal, a tuple of one, or a union of such."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, get_args(kind)[0]) for item in value)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def load_weights(agent, checkpoint, path, here):
@@ -1244,11 +1434,11 @@ def load_weights(agent, checkpoint, path, here):
     if any(made_on[key] != here[key] for key in ("action_set", "actions")):
         wanted = f"--actions {made_on['action_set']}"
         if made_on["action_set"] == "deepracer":
-            wanted += f" with {made_on['actions'][0] // 7} --speeds"
+            wanted += f" with {sum(made_on['actions']) // 7} --speeds"
         raise UsageError(f"{path} learnt other actions than this run's: type {wanted}, or another path.")
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         sees = "type the --width, --height and --frame-stack that it learnt with, or another path"
         raise UsageError(f"{path} holds another network than this run's: {sees}.") from error
 
@@ -1266,8 +1456,8 @@ def describe_setting(args):
 def note_differences(made_on, here):
     """Says where a checkpoint is used on something else than it was made on."""
     for key, value in made_on.items():
-        if here[key] != value:
-            print(f"note: this checkpoint learnt with {key} {value} and now meets {here[key]}")
+        if here.get(key) != value:
+            print(f"note: this checkpoint learnt with {key} {value} and now meets {here.get(key)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1281,13 +1471,21 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        temporary.write_text("".join(line + "\n" for line in lines if self.iteration_of(line) <= iteration))
         os.replace(temporary, self.path)
         self.file = open(self.path, "a", buffering=1)
+        threading.excepthook = lambda failure: None  # TensorBoard's thread; the next line raises it here
         self.board = SummaryWriter(folder, purge_step=step + 1 if iteration else None)
         rows = [f"|{field.name}|{getattr(args, field.name)}|" for field in dataclasses.fields(args)]
         self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
+
+    @staticmethod
+    def iteration_of(line):
+        """The iteration that a line of metrics.jsonl tells of; infinity where a full disk has cut it off."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["iteration"])
+        return math.inf
 
     def write(self, iteration, step, scalars):
         for key, value in scalars.items():
@@ -1305,8 +1503,9 @@ class Logger:
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        for stream in (self.file, self.board):
+            with contextlib.suppress(OSError):  # of a full disk, which was told of before
+                stream.close()
 
 
 def next_lesson(lesson, passed):
@@ -1322,53 +1521,83 @@ def next_lesson(lesson, passed):
     return lesson | {"cap": lesson["passed"] + increment, "increment": increment}
 
 
+def ranks():
+    """This process's rank, and how many there are: torchrun's, or 0 of 1."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(device):
+    """Meets torchrun's other ranks. Each restart under keys of its own: else it finds the addresses of the dead."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def run_folder(args):
+    """Where a new run writes to. Under torchrun all ranks, and their restarts, have to agree about it."""
+    unique = os.environ.get("TORCHELASTIC_RUN_ID") or time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / (args.name or f"{'-'.join(args.track)}-seed{args.seed}-{unique}")
+
+
 def train(args, checkpoint=None):
     """Learns, from the start or from a run's last checkpoint; writes runs/<name>/."""
     from tqdm import tqdm
 
-    device, made_on = pick_device(args.device), describe_setting(args)
+    device, made_on, (rank, world) = pick_device(args.device), describe_setting(args), ranks()
     torch.manual_seed(args.seed)
     agent = Agent(made_on["observation"], made_on["actions"]).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    iteration, elapsed, best, recent, logger = 0, 0.0, None, deque(maxlen=100), None
+    iteration, elapsed, best, recent, logger, bar = 0, 0.0, None, deque(maxlen=100), None, None
     lesson, graduate = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}, None
+    folder = args.resume or run_folder(args)
     if checkpoint:
-        folder = args.resume
         note_differences(checkpoint["made_on"], made_on)
         load_weights(agent, checkpoint, folder, made_on)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        iteration, elapsed, best = checkpoint["iteration"], checkpoint["elapsed"], checkpoint["best"]
-        recent.extend(checkpoint["recent"])
-        lesson, graduate = checkpoint["lesson"], checkpoint["graduate"]
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            iteration, elapsed, best = checkpoint["iteration"], float(checkpoint["elapsed"]), checkpoint["best"]
+            recent.extend([float(value) for value in row] for row in checkpoint["recent"])
+            lesson = {key: checkpoint["lesson"][key] for key in lesson}
+            graduate, count = checkpoint["graduate"], len(checkpoint["ranks"])
+            if count != world:
+                raise UsageError(f"{folder} is a run of {count} rank(s): type torchrun --nproc-per-node {count}.")
+            own = checkpoint["ranks"][rank]
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UsageError(f"{folder}/last.pt cannot be resumed: type --init-from {folder}/last.pt.") from error
     else:
         if args.init_from:
             load_weights(agent, load_checkpoint(args.init_from), args.init_from, made_on)
-        name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path("runs") / name
-        if folder.exists():
+        if rank == 0 and folder.exists():
             raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
 
     sampler = Sampler(args, device)
-    arena = race_envs(args, args.track[0]) if args.eval_interval else None
+    arena = race_games(args, args.track[0]) if args.eval_interval and rank == 0 else None
+    games = [*sampler.groups, arena] if arena else sampler.groups
+    stopped = f"type --resume {folder} to go on from the last iteration that was saved"
     try:
-        for group in sampler.groups + ([arena] if arena else []):
-            group.set_attr("speed_cap", lesson["cap"])
+        for group in games:
+            group.set("speed_cap", lesson["cap"])
         if checkpoint:
             print("driving the games back to where they were, at most a few minutes", flush=True)
-            sampler.restore(checkpoint["episodes"])
-            torch.set_rng_state(checkpoint["rng"])
-            if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            sampler.restore(own["episodes"])
+            torch.set_rng_state(own["rng"])
+            if device.type == "cuda" and own["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(own["cuda_rng"])
         else:
-            sampler.reset(args.seed * 1_000_000)
-        folder.mkdir(parents=True, exist_ok=True)
+            if rank > 0:
+                torch.manual_seed(args.seed + 1_000_000 * rank)  # the same network, but other actions
+            sampler.reset(args.seed * 1_000_000 + rank * args.num_envs)
         plain = args_to_plain(args)
-        (folder / "config.json").write_text(json.dumps(plain | {"made_on": made_on}, indent=2) + "\n")
-        batch_size = args.num_envs * args.num_steps
-        logger = Logger(folder, args, iteration, iteration * batch_size)
+        batch_size = args.num_envs * args.num_steps * world
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(plain | {"made_on": made_on}, indent=2) + "\n")
+            logger = Logger(folder, args, iteration, iteration * batch_size)
         iterations = args.total_timesteps // batch_size
         print(f"{folder}: {made_on['engine']} {made_on['engine_version']}, assets {made_on['assets']}, {device}")
-        bar = tqdm(total=iterations * batch_size, initial=iteration * batch_size, unit=" decisions", smoothing=0.05)
+        bar = tqdm(total=iterations * batch_size, initial=iteration * batch_size, unit=" decisions", smoothing=0.05,
+                   disable=rank > 0)  # fmt: skip
         while iteration < iterations:
             started = time.time()
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / iterations)
@@ -1376,7 +1605,7 @@ def train(args, checkpoint=None):
             torch.set_num_threads(1)  # the games have the other cores
             episodes = sampler.collect(agent)
             sampled = time.time()
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
             metrics = ppo_update(agent, optimizer, sampler.batch(agent, args.gamma, args.gae_lambda), args)
             learnt = time.time()
             iteration += 1
@@ -1384,8 +1613,10 @@ def train(args, checkpoint=None):
 
             columns = ["return", "progress", "finished", "lap_time", "position"]
             columns += [f"reward/{name}" for name in parse_reward(args.reward)]
-            recent.extend([float(episode[key]) for key in columns] for episode in episodes if episode["from_line"])
+            rows = [[float(episode[key]) for key in columns] for episode in episodes if episode["from_line"]]
+            recent.extend(row for rows_of_rank in gather(rows) for row in rows_of_rank)
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/lost_games"] = sum(gather(sum(group.lost for group in games)))
             if recent:
                 returns, progress, finished, laps, positions, *parts = np.array(recent).T
                 metrics["charts/episodic_return"], metrics["charts/progress"] = returns.mean(), progress.mean()
@@ -1402,17 +1633,19 @@ def train(args, checkpoint=None):
             reload = iteration % RELOAD_INTERVAL == 0
             made_on["speed_cap"] = lesson["cap"]
             weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
-            if args.eval_interval and (iteration % args.eval_interval == 0 or iteration == iterations):
+            due, passed = iteration % (args.eval_interval or math.inf) == 0 or iteration == iterations, None
+            if due and arena:
                 torch.set_num_threads(1)
                 first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
                 seeds = range(first, first + args.eval_episodes)
                 races = run_races(arena, network_policy(agent, device, greedy=True), seeds, keep_frames=1)
                 summary = summarize(races)
+                passed = summary["finished"] == summary["races"]
                 metrics |= {f"eval/{key}": summary[key] for key in ("finished", "progress", "off_track_seconds")}
                 if summary["finished"]:
                     metrics |= {"eval/median_lap": summary["median"], "eval/best_lap": summary["best"]}
                 logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
-                picture = draw_map(arena.get_attr("geometry")[0], races)
+                picture = draw_map(arena.get("geometry")[0], races)
                 logger.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
                 names = action_sizes(args.actions, args.speeds)
                 for name, chosen in zip(names, sampler.actions.unbind(-1), strict=True):
@@ -1424,52 +1657,56 @@ def train(args, checkpoint=None):
                     save_atomically(weights, folder / "best.pt")
                 if (metrics.get("charts/return_lap_correlation") or 0) > 0:
                     bar.write("this reward pays more for slower laps: --reward progress does not")
-                if args.speed_curriculum:
-                    passed = summary["finished"] == summary["races"]
-                    if passed:
-                        graduate = {key: value.clone() for key, value in agent.state_dict().items()}
-                    elif graduate:
-                        agent.load_state_dict(graduate)
-                    reload |= next_lesson(lesson, passed) != lesson  # an episode is driven under one cap
-                    lesson = next_lesson(lesson, passed)
-                    bar.write(f"{'passed' if passed else 'failed'}: the speed cap is now {lesson['cap']:.4g} m/s")
-                    for group in [*sampler.groups, arena]:
-                        group.set_attr("speed_cap", lesson["cap"])
+            if due and args.speed_curriculum:
+                passed = gather(passed)[0]
+                if passed:
+                    graduate = {key: value.clone() for key, value in agent.state_dict().items()}
+                elif graduate:
+                    agent.load_state_dict(graduate)
+                reload |= next_lesson(lesson, passed) != lesson  # an episode is driven under one cap
+                lesson = next_lesson(lesson, passed)
+                bar.write(f"{'passed' if passed else 'failed'}: the speed cap is now {lesson['cap']:.4g} m/s")
+                for group in games:
+                    group.set("speed_cap", lesson["cap"])
             if reload:
-                sampler.reset(args.seed * 1_000_000 + iteration * args.num_envs)
+                sampler.reset(args.seed * 1_000_000 + (iteration * world + rank) * args.num_envs)
             if lesson["cap"]:
                 metrics["charts/speed_cap"] = lesson["cap"]
             spent = time.time() - started
             elapsed += spent
             metrics |= {"charts/SPS": batch_size / spent, "charts/sampling_SPS": batch_size / (sampled - started)}
             metrics |= {"charts/elapsed_seconds": elapsed, "charts/update_seconds": learnt - sampled}
-            logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
             state = {"optimizer": optimizer.state_dict(), "elapsed": elapsed, "best": best, "recent": list(recent)}
-            state |= {"episodes": sampler.snapshots(), "rng": torch.get_rng_state()}
             state |= {"lesson": lesson, "graduate": graduate}
-            state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
-            save_atomically(weights | state, folder / "last.pt")
+            own = {"episodes": sampler.snapshots(), "rng": torch.get_rng_state()}
+            own["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
+            state["ranks"] = gather(own)
+            if rank == 0:
+                logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
+                save_atomically(weights | state, folder / "last.pt")
             bar.update(batch_size)
-        bar.close()
-        print(f"done: type --evaluate {folder}/best.pt to race it against the game's own AI")
+        print(f"\ndone: type --evaluate {folder}/best.pt to race it against the game's own AI")
     except KeyboardInterrupt:
-        if (folder / "last.pt").exists():
-            print(f"\nstopped; everything up to the last iteration is saved: type --resume {folder} to go on")
-        else:
-            print("\nstopped before the first iteration was done; nothing to resume")
+        saved = (folder / "last.pt").exists()
+        print(f"\nstopped; {stopped}" if saved else "\nstopped before the first iteration was done; nothing to resume")
+    except (RunError, OSError) as error:
+        what = f"{error.filename or folder}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        saved = (folder / "last.pt").exists()
+        raise RunError(f"{what}; {stopped}." if saved else f"{what}; nothing was saved yet.") from error
     finally:
-        if logger:
-            logger.close()
-        sampler.close()
-        if arena:
-            arena.close(terminate=True)
+        for thing in (bar, logger, *games):
+            if thing is not None:
+                thing.close()
 
 
 def pick_device(name):
     """The torch device for --device. Raises UsageError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1501,6 +1738,7 @@ def check_args(args):
     limits |= {"num_steps": (2, np.inf), "eval_episodes": (1, np.inf), "eval_interval": (0, np.inf)}
     limits |= {"seed": (0, np.inf), "eval_seed": (0, np.inf), "width": (36, 2048), "height": (36, 2048)}
     limits |= {"random_start": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "learning_rate": (0, 1)}
+    limits |= {"clip_coef": (1e-6, 1), "max_grad_norm": (1e-6, np.inf), "ent_coef": (0, np.inf), "vf_coef": (0, np.inf)}
     limits |= {"step_size": (1 / 120, 1), "max_seconds": (1, np.inf), "num_karts": (1, 20), "epsilon": (0, 1)}
     limits |= {name: (1, np.inf) for name in ("speed_cap", "speed_curriculum") if getattr(args, name) is not None}
     for name, (least, most) in limits.items():
@@ -1508,7 +1746,12 @@ def check_args(args):
         if not least <= value <= most:
             wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
             raise UsageError(f"--{flag} is {value}: type {wanted}.")
-    if not (args.track and parse_reward(args.reward)):
+    numbers = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()}
+    numbers["reward"] = parse_reward(args.reward).values()
+    for name, values in numbers.items():
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            raise UsageError(f"--{name.replace('_', '-')} holds something that is not a finite number: type one.")
+    if not (args.track and args.reward):
         raise UsageError("--track and --reward each need a name: type --track scotland --reward progress.")
     if min(args.speeds, default=0) <= 0:
         raise UsageError("--speeds are metres a second above 0: type --speeds 8 16 24.")
@@ -1535,6 +1778,9 @@ def check_args(args):
 def parse(argv):
     """The command line as Args, and the checkpoint that is resumed or evaluated, whose settings are the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (run_folder(args) / "last.pt").is_file():
+        argv = ["--resume", str(run_folder(args))]  # torchrun starts its ranks anew with what was typed at first
+        args.resume = run_folder(args)
     if not (args.resume or args.evaluate):
         return check_args(args), None
     checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")
@@ -1556,12 +1802,22 @@ def main():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    rank, world = ranks()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         args, checkpoint = parse(sys.argv[1:])
+        if world > 1:
+            join_ranks(pick_device(args.device))
         evaluate(args, checkpoint) if args.evaluate else train(args, checkpoint)
+        if world > 1:
+            dist.destroy_process_group()
     except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except (RunError, OSError) as error:
+        print(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

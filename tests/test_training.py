@@ -134,12 +134,3 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert games and not alive(games)
     refused = run("--resume", folder, "--gamma", 0.5, cwd=tmp_path)
     assert refused.returncode == 2 and "--gamma" in refused.stderr
-
-
-def test_an_error_leaves_no_game_and_a_good_checkpoint(tmp_path):
-    folder = tmp_path / "runs" / "broken"
-    settings = [*SMALL, "--total-timesteps", 100_000, "--name", "broken"]
-    process, output, games = start_and_signal(SIGKILL, 2, folder, *settings, cwd=tmp_path, game=True)
-    assert process.returncode not in (0, -SIGKILL), output
-    assert len(games) >= 2 and not alive(games)
-    assert torch.load(folder / "last.pt", weights_only=True)["iteration"] >= 1

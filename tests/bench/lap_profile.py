@@ -46,12 +46,12 @@ def main(settings):
     }
     seeds, result = range(args.eval_seed, args.eval_seed + settings.races), {"setting": here}
     for driver, policy in policies.items():
-        envs = ppo_tuxkart.race_envs(args, args.track[0], driver)
+        games = ppo_tuxkart.race_games(args, args.track[0], driver)
         try:
-            races = ppo_tuxkart.run_races(envs, policy, seeds)
-            geometry = envs.get_attr("geometry")[0]
+            races = ppo_tuxkart.run_races(games, policy, seeds)
+            geometry = games.get("geometry")[0]
         finally:
-            envs.close(terminate=True)
+            games.close()
         edges = np.arange(0, geometry.length, settings.stretch)
         trails = [np.array(race["trail"]) for race in races if race["finished"]]
         clocks, speeds = zip(*(by_stretch(geometry, trail, edges) for trail in trails), strict=True)

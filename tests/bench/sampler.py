@@ -1,7 +1,7 @@
 """How much of the bare game the whole sampler delivers: python tests/bench/sampler.py
 
 Bare: N processes that only call `race.step` and copy the picture (and `race.restart` where an episode ended). Sampler:
-the same N games through the environment, AsyncVectorEnv and the network's inference. The work is the same: in every
+the same N games through the environment, the vectoriser and the network's inference. The work is the same: in every
 round the sampler plays first, then the bare games repeat its actions, picture for picture from the start line, and
 both end up in the same place, which is checked. One side waits while the other works. The table gives medians.
 """
@@ -108,7 +108,7 @@ def main(settings):
             pipe.send((sampler.actions[:, i].tolist(), sampler.dones[:, i].tolist()))
         ends = [pipe.recv() for pipe in pipes]
         ended = time.perf_counter()
-        places = [place for group in sampler.groups for place in group.get_attr("location")]
+        places = [place for group in sampler.groups for place in group.get("location")]
         off.append(float(np.abs(np.array(places) - np.array(ends)).max()))
         if number == 0:
             used = {party: cpu_seconds(pids) for party, pids in parties.items()}
