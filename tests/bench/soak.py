@@ -54,7 +54,11 @@ class Games:
 def soak_learner(settings, folder):
     small = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs", 1, "--eval-interval", 0]
     small += ["--total-timesteps", 32 * 10 * settings.kills]
-    subprocess.run(command("ppo_tuxkart", *small, "--name", "whole"), cwd=folder, check=True, capture_output=True)
+    whole, started, first = folder / "runs" / "whole", time.time(), None
+    process = subprocess.Popen(command("ppo_tuxkart", *small, "--name", "whole"), cwd=folder, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(0.1)
+        first = first or ((whole / "last.pt").exists() and time.time() - started)  # seconds to the first checkpoint
     run, chance = folder / "runs" / "killed", random.Random(settings.seed)
     typed, kills, lost, before_first = [*small, "--name", "killed"], 0, [], 0
     while True:
@@ -62,7 +66,7 @@ def soak_learner(settings, folder):
             command("ppo_tuxkart", *typed), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
-            process.wait(None if kills == settings.kills else chance.uniform(0, 20))
+            process.wait(None if kills == settings.kills else chance.uniform(0, 2 * first))
             break
         except subprocess.TimeoutExpired:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -80,15 +84,15 @@ def soak_learner(settings, folder):
         typed = ["--resume", run]
     if process.returncode != 0:
         sys.exit(process.stderr.read().decode())
-    whole, weights = metrics(folder / "runs" / "whole"), torch.load(folder / "runs" / "whole" / "last.pt", weights_only=True)["agent"]
+    expected, weights = metrics(whole), torch.load(whole / "last.pt", weights_only=True)["agent"]
     ours = torch.load(run / "last.pt", weights_only=True)["agent"]
     return {
         "kills": kills,
         "before the first checkpoint": before_first,
         "checkpoints that did not load": 0,  # else torch.load had raised
-        "iterations lost at most": max(lost),
-        "iterations": len(whole),
-        "same metrics": metrics(run) == whole,
+        "iterations lost at most": max(lost, default=0),
+        "iterations": len(expected),
+        "same metrics": metrics(run) == expected,
         "same weights": all(torch.equal(ours[key], weights[key]) for key in weights),
     }
 
