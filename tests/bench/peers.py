@@ -14,7 +14,8 @@ ec418    the EC418 notebook's design: a Ray worker for each game plays a whole e
          Nature CNN on a gray picture, actor and critic apart. Its films are left out
 
 `:tuned` gives a peer the two settings that ppo_tuxkart.py makes for itself: threads that do not spin, and freed memory
-that is kept.
+that is kept. CPU time and memory are the learner's process on one hand and all that it started on the other; memory
+counts a shared page once. The file is written after every round.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -45,12 +46,13 @@ import ppo_tuxkart
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = str(1 << 30)  # bytes; ppo_tuxkart's main() asks the same of mallopt
 TUNED = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": KEPT, "MALLOC_TRIM_THRESHOLD_": KEPT}
+Peer = Literal["ours", "sb3", "sb3:tuned", "cleanrl", "cleanrl:tuned", "ec418", "ec418:tuned"]
 NEEDS = {"sb3": "stable-baselines3", "ec418": "ray"}
 
 
 @dataclasses.dataclass
 class Peers:
-    peers: tuple[str, ...] = ("ours", "sb3", "sb3:tuned", "cleanrl", "cleanrl:tuned", "ec418", "ec418:tuned")
+    peers: tuple[Peer, ...] = get_args(Peer)
     """who takes part"""
     rounds: int = 5
     """turns of each"""
@@ -76,7 +78,7 @@ class Peers:
     """seed of the network and the games"""
     out: Path | None = None
     """JSON file to write"""
-    turn: str | None = None
+    turn: Peer | None = None
     """play this peer's turn only, in this process, and print its figures as a line of JSON"""
 
 
@@ -487,6 +489,8 @@ def main(settings):
             print(f"{peer} is left out: {needed} is not installed, see tests/bench/requirements.txt")
         else:
             peers.append(peer)
+    if not peers:
+        sys.exit("Nobody is left to measure.")
     adopt_orphans()
     turns = {peer: [] for peer in peers}
     for number in range(settings.rounds):
@@ -494,20 +498,24 @@ def main(settings):
             turns[peer].append(run_turn(settings, peer))
             print(f"round {number + 1}, {peer}: {turns[peer][-1]['rate']:.0f} decisions/s", flush=True)
 
-    table = {peer: summarize(rows, turns.get("ours")) for peer, rows in turns.items()}
+        table = {peer: summarize(rows, turns.get("ours")) for peer, rows in turns.items()}
+        if settings.out:
+            write(settings, table, turns)
     print_table(settings, table)
-    if settings.out:
-        args = make_args(settings, settings.iterations + 1, settings.seed)
-        result = {
-            "table": table,
-            "turns": turns,
-            "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items()},
-            "hyperparameters": ppo_tuxkart.args_to_plain(args),
-            "setting": ppo_tuxkart.describe_setting(args),
-            "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
-            "versions": {name: installed(name) for name in ("torch", "gymnasium", "stable-baselines3", "ray")},
-        }
-        settings.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write(settings, table, turns):
+    args = make_args(settings, settings.iterations + 1, settings.seed)
+    result = {
+        "table": table,
+        "turns": turns,
+        "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items()},
+        "hyperparameters": ppo_tuxkart.args_to_plain(args),
+        "setting": ppo_tuxkart.describe_setting(args),
+        "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
+        "versions": {name: installed(name) for name in ("torch", "gymnasium", "stable-baselines3", "ray")},
+    }
+    settings.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def summarize(rows, ours):
@@ -532,7 +540,7 @@ def print_table(settings, table):
         "sampling_rate": ("sampling/s", "{:.0f}"),
         "learning_ms": ("learning", "{:.2f} ms"),
         "learner_cpu_ms": ("CPU: learner", "{:.2f} ms"),
-        "games_cpu_ms": ("CPU: games", "{:.2f} ms"),
+        "games_cpu_ms": ("CPU: the rest", "{:.2f} ms"),
         "memory_mb": ("memory", "{:.0f} MB"),
     }
     print(f"\n{settings.num_envs} games, {settings.threads} threads, medians of {settings.rounds} turns, ms a decision")

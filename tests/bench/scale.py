@@ -2,7 +2,7 @@
 
 One of them changes at a time. The points take turns, each with new games, one iteration that warms up, and some seconds
 that count; the table gives medians. Beside the rate stand CPU milliseconds per decision, of the games and of the
-learner's process, and the share of the cores that nobody used: what grows, or what waits, where the rate bends.
+learner's process, and the share of the cores' time that neither used: what grows, or what waits, where the rate bends.
 """
 
 import dataclasses

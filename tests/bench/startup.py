@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -62,8 +61,6 @@ def first_update(settings):
             most = [megabytes(pid, "VmHWM") for pid in descendants(process.pid)]
             shares = [megabytes(pid, "Pss") for pid in (process.pid, *descendants(process.pid))]
             learner, row = megabytes(process.pid, "VmHWM"), json.loads(metrics.read_text().splitlines()[0])
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
         finally:
             end_all()
     iteration = row["charts/elapsed_seconds"]
