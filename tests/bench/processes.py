@@ -1,0 +1,60 @@
+"""What Linux tells about a process and everything that it started; used by the benches beside this file."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def descendants(pid):
+    """Ids of the processes that a process started, and those that they started, the nearest first."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for known in found:
+        found += [child for child, parent in parents.items() if parent == known]
+    return found[1:]
+
+
+def cpu_seconds(pids):
+    """User and system time that processes have used; nothing for those that have gone."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def megabytes(pid, key):
+    """Memory of a process; 0 when it has gone.
+
+    `Pss` counts a page that n processes share as 1/n, so it can be added up; `VmHWM` is the most that was ever
+    resident, shared pages in full.
+    """
+    file = "smaps_rollup" if key == "Pss" else "status"
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), 0.0)
+    return 0.0
+
+
+def adopt_orphans():
+    """Makes this process the parent of what its children leave behind, so that `end_all` finds it."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_all():
+    """Ends whatever this process started that still runs. When it returns their memory is free again."""
+    while left := descendants(os.getpid()):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.05)
