@@ -1751,15 +1751,14 @@ def load_checkpoint(path):
         raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"args", "made_on", "agent", "iteration"} - checkpoint.keys()
         kinds = {field.name: field.type for field in dataclasses.fields(Args)} | {"init_from": str | None}
-        known = all(name in kinds and fits(value, kinds[name]) for name, value in checkpoint["args"].items())
-        known &= fits(checkpoint["made_on"].get("speed_cap"), float | None)
-        known &= all(isinstance(number, int) for number in (checkpoint["iteration"], *checkpoint["made_on"]["actions"]))
+        whole = all(name in kinds and fits(value, kinds[name]) for name, value in checkpoint["args"].items())
+        whole &= fits(checkpoint["made_on"].get("speed_cap"), float | None) and "agent" in checkpoint
+        whole &= all(isinstance(number, int) for number in (checkpoint["iteration"], *checkpoint["made_on"]["actions"]))
     except Exception as error:
         raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
-    if missing or not known:
-        raise UsageError(f"{path} is a checkpoint of another script or version: type another path.")
+    if not whole:
+        raise UsageError(f"{path} is not a checkpoint of this script, or of another version: type another path.")
     return checkpoint
 
 

@@ -33,7 +33,7 @@ MISTAKES = {
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
     "--evaluate text.pt": "text.pt is not a checkpoint",
     "--evaluate pickle.pt": "pickle.pt is not a checkpoint",
-    "--evaluate foreign.pt": "foreign.pt is a checkpoint of another script",
+    "--evaluate foreign.pt": "foreign.pt is not a checkpoint",
     "--init-from list.pt": "list.pt is not a checkpoint",
     "--resume runs/nothing": "There is no checkpoint runs/nothing/last.pt",
     "--engine pystk9": "Invalid choice",
