@@ -797,7 +797,7 @@ class PictureEnv(TuxKartEnv):
 
     def step(self, action):
         observation, reward, terminated, truncated, info = super().step(action)
-        reached = self._from_line and not self._in_race and self._progress >= self.finish_line * self._distance
+        reached = self._from_line and not self.in_race and self._progress >= self.finish_line * self._distance
         if reached and not terminated and self.finish_line < 1:
             reward += self._pay(Moment(0.0, 0.0, finished=True))
             return observation, reward, True, False, self._final_info("finish line")

@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
+import io
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Literal
@@ -702,14 +704,19 @@ class Footage:
 
 def save_atomically(contents, path):
     """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
-    temporary, held = path.with_suffix(".tmp"), []
+    temporary, held, buffer = path.with_suffix(".tmp"), [], io.BytesIO()
     on_interrupt = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # torch.save would break
     try:
+        torch.save(contents, buffer)
         with open(temporary, "wb") as file:
-            torch.save(contents, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
     if held and callable(on_interrupt):
@@ -748,8 +755,8 @@ def describe_setting():
 def note_differences(made_on, here):
     """Says where a checkpoint is used on something else than it was made on."""
     for key, value in made_on.items():
-        if here[key] != value:
-            print(f"note: this checkpoint learnt with {key} {value} and now meets {here[key]}")
+        if here.get(key) != value:
+            print(f"note: this checkpoint learnt with {key} {value} and now meets {here.get(key)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,13 +770,21 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        temporary.write_text("".join(line for line in lines if json.loads(line)["iteration"] <= iteration))
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        temporary.write_text("".join(line + "\n" for line in lines if self.iteration_of(line) <= iteration))
         os.replace(temporary, self.path)
         self.file = open(self.path, "a", buffering=1)
+        threading.excepthook = lambda failure: None  # TensorBoard's thread; the next line raises it here
         self.board = SummaryWriter(folder, purge_step=step + 1 if iteration else None)
         rows = [f"|{field.name}|{getattr(args, field.name)}|" for field in dataclasses.fields(args)]
         self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
+
+    @staticmethod
+    def iteration_of(line):
+        """The iteration that a line of metrics.jsonl tells of; infinity where a full disk has cut it off."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["iteration"])
+        return math.inf
 
     def write(self, iteration, step, scalars):
         for key, value in scalars.items():
@@ -787,8 +802,9 @@ class Logger:
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        for stream in (self.file, self.board):
+            with contextlib.suppress(OSError):  # of a full disk, which was told of before
+                stream.close()
 
 
 LOG_EVERY = {"vision": 100, "memory": 20}  # minibatches, or a tenth of the stage where that is less
@@ -1181,7 +1197,10 @@ def pick_device(name):
     """The torch device for --device. Raises UsageError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
