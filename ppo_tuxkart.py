@@ -831,9 +831,10 @@ def mean_over_ranks(tensor):
 
 def gather(thing):
     """What each rank holds, as a list."""
-    things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(things, thing)
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
     return things
 
 
@@ -1777,9 +1778,9 @@ def check_args(args):
 def parse(argv):
     """The command line as Args, and the checkpoint that is resumed or evaluated, whose settings are the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (run_folder(args) / "last.pt").is_file():
-        argv = ["--resume", str(run_folder(args))]  # torchrun starts its ranks anew with what was typed at first
-        args.resume = run_folder(args)
+    folder = run_folder(args)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / "last.pt").is_file():
+        argv, args.resume = ["--resume", str(folder)], folder  # torchrun repeats what was typed at first
     if not (args.resume or args.evaluate):
         return check_args(args), None
     checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")

@@ -1,5 +1,6 @@
 """What the tests share: running a script as a user does, and running game code in a process of its own."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -61,11 +62,19 @@ def start_and_signal(number, rows, folder, *args, cwd, game=False, script="ppo_t
     while not (file.exists() and file.read_bytes().count(b"\n") >= rows):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    children = [int(child) for child in children]
-    os.kill(children[0] if game else process.pid, number)
+    started = children(process.pid)
+    os.kill(started[0] if game else process.pid, number)
     output = process.communicate(timeout=60)[0]
-    return process, output, children
+    return process, output, started
+
+
+def children(pid):
+    """Ids of the processes that a process has started, by any of its threads, and that still run."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            found += [int(child) for child in file.read_text().split()]
+    return found
 
 
 def alive(pids):

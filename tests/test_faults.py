@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import ROOT, SIGKILL, alive, command, metrics, run, start_and_signal
+from conftest import ROOT, SIGKILL, alive, children, command, metrics, run, start_and_signal
 
 import ppo_tuxkart
 
@@ -177,8 +177,12 @@ def test_a_reward_that_is_no_number_stops_the_run(monkeypatch):
         sampler.close()
 
 
-def limit_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))  # a checkpoint is larger
+def run_on_a_full_disk(*args, cwd):
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))  # a checkpoint is larger
+
+    settings = {"cwd": cwd, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command("ppo_tuxkart", *args), preexec_fn=limit_files, **settings)
 
 
 def test_a_full_disk_and_a_vanished_folder_are_one_sentence(tmp_path):
@@ -186,10 +190,7 @@ def test_a_full_disk_and_a_vanished_folder_are_one_sentence(tmp_path):
     settings = [*SMALL, "--total-timesteps", 64, "--name", "full"]
     assert run(*settings, cwd=tmp_path).returncode == 0
     (folder / "last.pt").rename(tmp_path / "whole.pt")
-    stopped = subprocess.run(
-        command("ppo_tuxkart", *settings[:-1], "new"),
-        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_files, timeout=300,
-    )  # fmt: skip
+    stopped = run_on_a_full_disk(*settings[:-1], "new", cwd=tmp_path)
     assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
     assert "runs/new" in stopped.stderr and "nothing was saved yet" in stopped.stderr
     assert not list((tmp_path / "runs" / "new").glob("*.pt")) and not list((tmp_path / "runs" / "new").glob("*.tmp"))
@@ -199,10 +200,7 @@ def test_a_full_disk_and_a_vanished_folder_are_one_sentence(tmp_path):
     checkpoint["args"]["total_timesteps"] = 128  # there is more to do
     torch.save(checkpoint, folder / "last.pt")
     before = (folder / "last.pt").read_bytes()
-    stopped = subprocess.run(
-        command("ppo_tuxkart", "--resume", folder),
-        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_files, timeout=300,
-    )  # fmt: skip
+    stopped = run_on_a_full_disk("--resume", folder, cwd=tmp_path)
     assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
     assert f"--resume {folder}" in stopped.stderr.splitlines()[-1]
     assert (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
@@ -213,7 +211,7 @@ def test_a_full_disk_and_a_vanished_folder_are_one_sentence(tmp_path):
     )  # fmt: skip
     gone = tmp_path / "runs" / "gone"
     wait_for(lambda: (gone / "last.pt").exists(), process)
-    games = read_children(Path(f"/proc/{process.pid}/task/{process.pid}"))
+    games = children(process.pid)
     gone.rename(tmp_path / "runs" / "elsewhere")
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "Traceback" not in errors and "No such file" in errors.splitlines()[-1]
@@ -281,7 +279,7 @@ def test_torchrun_restarts_from_the_last_checkpoint_when_a_rank_is_killed(tmp_pa
     )
     rows = folder / "metrics.jsonl"
     wait_for(lambda: rows.exists() and rows.read_text().count("\n") >= 3, process)
-    ranks = [int(pid) for task in Path(f"/proc/{process.pid}/task").glob("*") for pid in read_children(task)]
+    ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], SIGKILL)
     output = process.communicate(timeout=400)[0]
@@ -293,10 +291,6 @@ def test_torchrun_restarts_from_the_last_checkpoint_when_a_rank_is_killed(tmp_pa
     assert len(checkpoint["ranks"]) == 2 and len({str(own["rng"].tolist()) for own in checkpoint["ranks"]}) == 2
     refused = run("--resume", folder, cwd=tmp_path)
     assert refused.returncode == 2 and "torchrun --nproc-per-node 2" in refused.stderr
-
-
-def read_children(task):
-    return (task / "children").read_text().split()
 
 
 # --- privacy
@@ -324,10 +318,10 @@ def test_nothing_listens_and_nothing_leaves_the_machine(tmp_path):
         seen, deadline = [], time.monotonic() + 300
         while not (rows.exists() and rows.read_text().count("\n") >= 2):
             assert process.poll() is None and time.monotonic() < deadline
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            seen += [line for pid in (process.pid, *children) for line in internet_sockets(pid)]
+            games = children(process.pid)
+            seen += [line for pid in (process.pid, *games) for line in internet_sockets(pid)]
             time.sleep(0.02)
-        assert len(children) == 2 and not seen
+        assert len(games) == 2 and not seen
     finally:
         process.kill()
         process.wait()

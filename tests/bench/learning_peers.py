@@ -8,7 +8,6 @@ and typed again.
 
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,30 +18,18 @@ from typing import Literal
 import numpy as np
 import torch  # before ppo_tuxkart, as in peers.py
 import tyro
-from peers import PLAY, as_flags, environment, make_agent, make_args
+from peers import PLAY, Work, as_flags, environment, make_agent, make_args
 from processes import adopt_orphans, end_all
 
 
 @dataclasses.dataclass
-class Learning:
+class Learning(Work):
     peers: tuple[Literal["ours", "sb3", "sb3:tuned"], ...] = ("ours", "sb3")
     """who learns"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of the network and the games"""
     total_timesteps: int = 1_000_000
     """decisions of a run"""
-    num_envs: int = 16
-    """games"""
-    num_steps: int = 128
-    """decisions per game and iteration"""
-    threads: int = os.cpu_count() or 1
-    """threads that torch may use"""
-    track: str = "scotland"
-    """track to drive"""
-    engine: str = "auto"
-    """game bindings"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """where the networks learn"""
     folder: Path = Path("runs/learning-peers")
     """folder for the runs' files"""
     turn: bool = False

@@ -9,13 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from processes import megabytes
+
 PERIOD = 60  # seconds
-
-
-def resident_mb(pid):
-    """Resident memory of a process in MB, by Linux's /proc."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
 
 
 def main():
@@ -28,7 +24,7 @@ def main():
             break
         except subprocess.TimeoutExpired:
             minute = round((time.time() - started) / 60, 2)
-            samples.append({"minute": minute, "rss_mb": round(resident_mb(process.pid), 1)})
+            samples.append({"minute": minute, "rss_mb": round(megabytes(process.pid, "VmRSS"), 1)})
             result.write_text(json.dumps({"command": command, "samples": samples}, indent=1) + "\n")
     sys.exit(process.returncode)
 

@@ -37,7 +37,7 @@ import gymnasium as gym
 import numpy as np
 import torch  # before ppo_tuxkart, which would change how torch's threads wait
 import tyro
-from processes import adopt_orphans, cpu_seconds, descendants, end_all, megabytes
+from processes import adopt_orphans, cpu_seconds, descendants, end_all, megabytes, print_rows
 from torch import nn
 from torch.distributions import Categorical
 
@@ -51,13 +51,9 @@ NEEDS = {"sb3": "stable-baselines3", "ec418": "ray"}
 
 
 @dataclasses.dataclass
-class Peers:
-    peers: tuple[Peer, ...] = get_args(Peer)
-    """who takes part"""
-    rounds: int = 5
-    """turns of each"""
-    iterations: int = 3
-    """measured iterations a turn, after one that warms up"""
+class Work:
+    """What every peer is given to do, here and in learning_peers.py."""
+
     num_envs: int = 16
     """games"""
     num_steps: int = 128
@@ -70,6 +66,16 @@ class Peers:
     """game bindings"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks learn"""
+
+
+@dataclasses.dataclass
+class Peers(Work):
+    peers: tuple[Peer, ...] = get_args(Peer)
+    """who takes part"""
+    rounds: int = 5
+    """turns of each"""
+    iterations: int = 3
+    """measured iterations a turn, after one that warms up"""
     checkpoint: Path | None = None
     """weights that all but ec418 begin with (default: untrained ones, whose episodes are short)"""
     ec418_decisions: int = 5_000
@@ -544,10 +550,7 @@ def print_table(settings, table):
         "memory_mb": ("memory", "{:.0f} MB"),
     }
     print(f"\n{settings.num_envs} games, {settings.threads} threads, medians of {settings.rounds} turns, ms a decision")
-    print(f"{'':14}" + "".join(f"{name:>14}" for name, _ in columns.values()))
-    for peer, figures in table.items():
-        cells = [form.format(figures[key]) if key in figures else "" for key, (_, form) in columns.items()]
-        print(f"{peer:14}" + "".join(f"{cell:>14}" for cell in cells))
+    print_rows(columns, table)
 
 
 if __name__ == "__main__":

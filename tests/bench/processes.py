@@ -1,4 +1,4 @@
-"""What Linux tells about a process and everything that it started; used by the benches beside this file."""
+"""What Linux tells about a process and all that it started, and a table; used by the benches beside this file."""
 
 import contextlib
 import ctypes
@@ -58,3 +58,12 @@ def end_all():
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.05)
+
+
+def print_rows(columns, rows):
+    """Prints a table. columns: {key: (heading, format)}; rows: {name: {key: value}}, empty where a key is missing."""
+    width = max(14, *(len(name) + 2 for name in rows))
+    print(" " * width + "".join(f"{heading:>14}" for heading, _ in columns.values()))
+    for name, figures in rows.items():
+        cells = [form.format(figures[key]) if key in figures else "" for key, (_, form) in columns.items()]
+        print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 import tyro
+from processes import cpu_seconds
 
 import ppo_tuxkart
 
@@ -66,12 +67,6 @@ def bare_game(settings, seed, pipe):
                 race.step(stk.Action())
         env._world.update()
         pipe.send(env.location)
-
-
-def cpu_seconds(pids):
-    """User and system time that processes have used, by Linux's /proc."""
-    stats = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in pids]
-    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
 
 
 def main(settings):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import tyro
-from processes import cpu_seconds, descendants, megabytes
+from processes import cpu_seconds, descendants, megabytes, print_rows
 
 import ppo_tuxkart
 
@@ -103,13 +103,11 @@ def main(settings):
         "game_mb": ("a game", "{:.0f} MB"),
     }
     print(f"\n{settings.num_envs} games of 64 x 64 on scotland and {len(CORES)} cores, but for what the line says")
-    print(f"{'':26}" + "".join(f"{head:>14}" for head, _ in columns.values()))
     table = []
     for (axis, value), rows in found.items():
         medians = {key: statistics.median(row[key] for row in rows) for key in columns}
         table.append({"axis": axis, "value": value, "medians": medians, "rounds": rows})
-        cells = [form.format(medians[key]) for key, (_, form) in columns.items()]
-        print(f"{axis:7}{value:<19}" + "".join(f"{cell:>14}" for cell in cells))
+    print_rows(columns, {f"{point['axis']:7}{point['value']}": point["medians"] for point in table})
     if settings.out:
         result = {
             "points": table,

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import tyro
-from conftest import alive, command, metrics
+from conftest import alive, children, command, metrics
+from processes import megabytes
 
 
 @dataclasses.dataclass
@@ -59,6 +60,8 @@ def soak_learner(settings, folder):
     while process.poll() is None:
         time.sleep(0.1)
         first = first or ((whole / "last.pt").exists() and time.time() - started)  # seconds to the first checkpoint
+    if process.returncode != 0:
+        sys.exit("The training that is not killed did not come to its end.")
     run, chance = folder / "runs" / "killed", random.Random(settings.seed)
     typed, kills, lost, before_first = [*small, "--name", "killed"], 0, [], 0
     while True:
@@ -69,11 +72,11 @@ def soak_learner(settings, folder):
             process.wait(None if kills == settings.kills else chance.uniform(0, 2 * first))
             break
         except subprocess.TimeoutExpired:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            games = children(process.pid)
             process.kill()
             process.wait()
             kills += 1
-        if alive([int(child) for child in children]):
+        if alive(games):
             sys.exit("A game outlived its learner.")
         if not (run / "last.pt").exists():
             before_first += 1
@@ -89,7 +92,6 @@ def soak_learner(settings, folder):
     return {
         "kills": kills,
         "before the first checkpoint": before_first,
-        "checkpoints that did not load": 0,  # else torch.load had raised
         "iterations lost at most": max(lost, default=0),
         "iterations": len(expected),
         "same metrics": metrics(run) == expected,
@@ -106,21 +108,20 @@ def soak_games(settings, folder):
     rows, chance, samples, killed, seen = folder / "runs" / "soak" / "metrics.jsonl", random.Random(0), [], 0, set()
     while not rows.exists():
         time.sleep(1)
-    proc, started = Path(f"/proc/{process.pid}"), time.time()
+    started = time.time()
     while process.poll() is None and time.time() < started + 60 * settings.minutes:
         time.sleep(60)
         minute = int((time.time() - started) / 60)
-        games = (proc / f"task/{process.pid}/children").read_text().split()
+        games = children(process.pid)
         disturbed = minute // 10 % 2 == 1
         if disturbed:
             killed += 1
-            os.kill(int(chance.choice(games)), signal.SIGSTOP if killed % 5 == 0 else signal.SIGKILL)
+            os.kill(chance.choice(games), signal.SIGSTOP if killed % 5 == 0 else signal.SIGKILL)
         seen |= set(games)
-        status = next(line for line in (proc / "status").read_text().splitlines() if line.startswith("VmRSS"))
         row = metrics(rows.parent)[-1]
         samples.append({
-            "minute": minute, "disturbed": disturbed, "rss_mb": int(status.split()[1]) / 1024, "games": len(games),
-            "descriptors": len(os.listdir(proc / "fd")), "decisions": row["global_step"],
+            "minute": minute, "disturbed": disturbed, "rss_mb": megabytes(process.pid, "VmRSS"), "games": len(games),
+            "descriptors": len(os.listdir(f"/proc/{process.pid}/fd")), "decisions": row["global_step"],
             "lost_games": row["charts/lost_games"], "shared_segments": len(set(os.listdir("/dev/shm")) - shared),
         })  # fmt: skip
         print(samples[-1], flush=True)
@@ -135,7 +136,7 @@ def soak_games(settings, folder):
     return {
         "games killed or stopped": killed,
         "replaced": samples[-1]["lost_games"],
-        "left behind": len(alive([int(pid) for pid in seen])),
+        "left behind": len(alive(seen)),
         "decisions/s without": without,
         "decisions/s with": with_faults,
         "ratio": with_faults / without,
