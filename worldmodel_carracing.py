@@ -18,7 +18,9 @@ CarRacing-v3, untouched.
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
@@ -41,6 +43,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium.envs.box2d import car_dynamics, car_racing
+from PIL import Image, ImageDraw
 from torch import nn
 
 STAGES = ("collect", "vision", "memory", "controller", "evaluate")
@@ -66,11 +69,12 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn and dream; auto takes the GPU if there is one
 
     # collect, V and M
-    collect_frames: int = 100_000  # frames to collect in a round
-    vision_epochs: int = 5  # passes of V over all the frames, in a round
-    vision_batch: int = 100  # frames of V's minibatch
+    action_repeat: int = 2  # frames that every action lasts, in learning and in scores alike
+    collect_frames: int = 100_000  # pictures to collect in a round, one for each action
+    vision_steps: int = 3000  # minibatches of V in a round
+    vision_batch: int = 100  # pictures of V's minibatch
     vision_lr: float = 5e-4  # Adam's step size for V at the start of a round; it falls linearly to a tenth
-    memory_epochs: int = 40  # passes of M over all the episodes, in a round; 0 leaves M untrained
+    memory_steps: int = 1500  # minibatches of M in a round; 0 leaves M untrained
     memory_batch: int = 16  # episodes of M's minibatch
     memory_lr: float = 1e-3  # Adam's step size for M at the start of a round; it falls linearly to a tenth
 
@@ -78,21 +82,23 @@ class Args:
     controller_input: Literal["zh", "z"] = "zh"  # what C sees: V's latents and M's hidden state, or the latents alone
     sample_z: bool = False  # C and M see a sample of V's latents instead of their mean
     population: int = 64  # candidates of a generation
-    tracks: int = 4  # tracks that every candidate of a generation drives, the same for all
-    generations: int = 90  # generations on real tracks, in a round
+    tracks: int = 8  # tracks that every candidate of a generation drives, the same for all
+    first_generations: int = 40  # generations on real tracks in the first round, whose footage is of random driving
+    generations: int = 1000  # generations on real tracks in a later round, at most
+    hours: float = 7.4  # of learning, all calls together, after which the search rests; resume with more to go on
     sigma: float = 0.1  # CMA-ES's step size at the start
     max_frames: int = 1000  # frames after which a rollout ends
-    validation_tracks: int = 32  # tracks that score the mean controller and choose best.pt
+    validation_tracks: int = 64  # tracks that score the mean controller and choose best.pt
     dream_generations: int = 60  # generations in the dream, before the real ones, in the first round
     dream_starts: int = 16  # places from which every candidate dreams
-    dream_steps: int = 250  # frames of a dream
+    dream_steps: int = 150  # actions of a dream
     temperature: float = 1.15  # of the dream: above 1, the next latents are less certain than M believes
     dream_dropout: float = 0.1  # share of M's hidden state dropped before it foretells, so that C cannot exploit it
 
 
-QUICK = {"rounds": 1, "collect_frames": 8_000, "vision_epochs": 8, "memory_epochs": 40, "population": 32, "tracks": 2}
-QUICK |= {"generations": 14, "dream_generations": 20, "dream_starts": 8, "dream_steps": 150, "eval_episodes": 8}
-QUICK |= {"max_frames": 400, "validation_tracks": 8, "vision_lr": 1e-3}
+QUICK = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 400, "vision_lr": 1e-3, "memory_steps": 150}
+QUICK |= {"population": 32, "tracks": 3, "first_generations": 16, "max_frames": 400, "validation_tracks": 16}
+QUICK |= {"dream_generations": 10, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
 
 
 class UsageError(Exception):
@@ -104,16 +110,19 @@ class UsageError(Exception):
 
 SIZE = 64  # pixels of V's picture
 ROWS = 84  # rows of Gymnasium's 96 x 96 picture above its indicators
-DRAWN = 3 * SIZE  # polygons are drawn at three times the size and shrunk, which smooths their edges
+DRAWN = 3 * SIZE  # pictures are drawn at three times the size and shrunk, which smooths their edges
 WINDOW_WIDTH, WINDOW_HEIGHT = car_racing.WINDOW_W, car_racing.WINDOW_H * ROWS / car_racing.STATE_H  # what V sees of it
-GRASS = np.array([(1, 0), (0, 0), (0, 1), (1, 1)]) + np.mgrid[-20:20:2, -20:20:2].reshape(2, -1).T[:, None]
-GRASS = GRASS * car_racing.GRASS_DIM  # (400, 4, 2) in metres, the light squares of the lawn
-FIELD = np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]) * car_racing.PLAYFIELD
-WHEEL = np.array([(-1, 1), (1, 1), (1, -1), (-1, -1)]) * (car_dynamics.WHEEL_W, car_dynamics.WHEEL_R)
-WHEEL = WHEEL * car_dynamics.SIZE * 0.7  # a canvas polygon includes its border, which would make a small one fat
+MAP = 2048  # pixels of a track's map, about as fine as what is drawn of it
+BLACK, LAWN, SQUARES, ROAD, KERB, HULL_RED, MARK = 0, 1, 2, 3, 6, 8, 9  # the map's colours; three of ROAD, two of KERB
+PALETTE = [(0, 0, 0), (102, 204, 102), (102, 230, 102), (102, 102, 102), (104, 104, 104), (107, 107, 107)]
+PALETTE += [(255, 255, 255), (255, 0, 0), (204, 0, 0), (77, 77, 77)]
+INK = {colour: index for index, colour in enumerate(PALETTE)}
+PALETTE = (np.array(PALETTE) - 2).clip(0)  # Gymnasium's picture is shrunk by pygame, which takes 2 levels
+SLIM = 0.7 * car_dynamics.SIZE  # a drawn polygon includes its border, which would make a small one fat
+WHEEL_X, WHEEL_Y = SLIM * car_dynamics.WHEEL_W, SLIM * car_dynamics.WHEEL_R
+WHEEL = [(-WHEEL_X, WHEEL_Y), (WHEEL_X, WHEEL_Y), (WHEEL_X, -WHEEL_Y), (-WHEEL_X, -WHEEL_Y)]
 HULL = (car_dynamics.HULL_POLY1, car_dynamics.HULL_POLY2, car_dynamics.HULL_POLY3, car_dynamics.HULL_POLY4)
-HULL_ENDS = np.cumsum([len(polygon) for polygon in HULL])
-HULL = np.concatenate([np.array(polygon) for polygon in HULL]) * car_dynamics.SIZE * 0.9
+HULL = [(np.array(polygon) * car_dynamics.SIZE * 0.9).tolist() for polygon in HULL]
 
 
 def area_weights(many, few):
@@ -132,36 +141,49 @@ def shrink(picture):
     return np.rint(np.einsum("kw,hwc->hkc", SHRINK_COLUMNS, lines)).astype(np.uint8)
 
 
+def on_map(polygon):
+    """Metres of the world as pixels of the map: a list of numbers, as Pillow takes it."""
+    return ((np.asarray(polygon) + car_racing.PLAYFIELD) * (MAP / 2 / car_racing.PLAYFIELD)).ravel().tolist()
+
+
+@functools.cache
+def empty_map():
+    """The lawn and its lighter squares, on which every track is drawn."""
+    picture, side = Image.new("P", (MAP, MAP), LAWN), car_racing.GRASS_DIM
+    picture.putpalette(PALETTE.astype(np.uint8).tobytes())
+    for x, y in itertools.product(range(-20, 20, 2), repeat=2):
+        corners = side * np.array([(x + 1, y), (x, y), (x, y + 1), (x + 1, y + 1)])
+        ImageDraw.Draw(picture).polygon(on_map(corners), SQUARES)
+    return picture
+
+
 class FastCarRacing(car_racing.CarRacing):
     """Gymnasium's CarRacing, whose observation is drawn at once as V sees it: uint8 (64, 64, 3).
 
-    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is drawn anew, many times faster, and
-    within a mean of 1 level of 255 of `shrink` of Gymnasium's (tests/test_worldmodel.py). `reset(options={"place": x})`
-    starts at the share x of the track instead of on the start line.
+    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is taken anew, many times faster, from
+    a map drawn once a track, and within a mean of 1 level of 255 of `shrink` of Gymnasium's (tests/test_worldmodel.py).
+    `reset(options={"place": x})` starts at the share x of the track instead of on the start line. While `blind` is set,
+    nothing is drawn: nobody sees the frames between two actions.
     """
+
+    blind = False
 
     def __init__(self, **settings):
         super().__init__(**settings)
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
-        self._canvas = pygame.Surface((DRAWN, DRAWN))
         self._place = 0.0
 
     def reset(self, *, seed=None, options=None):
-        self._place = (options or {}).get("place", 0.0)
+        self._place, self.blind = (options or {}).get("place", 0.0), False
         return super().reset(seed=seed, options=options)
 
     def _create_track(self):
         if not super()._create_track():
             return False
-        self._polygons = np.concatenate([GRASS, [polygon for polygon, _ in self.road_poly]])  # (P, 4, 2)
-        self._centres = self._polygons.mean(1)
-        self._reach = np.abs(self._polygons - self._centres[:, None]).max((1, 2)) * math.sqrt(2)
-        self._colours = np.array([self.grass_color] * len(GRASS) + [colour for _, colour in self.road_poly]).astype(int)
-        rows = [(polygon, row) for (polygon, _), row in zip(self.road_poly, self._colours[len(GRASS) :], strict=True)]
-        of_tile = {id(colour): row for (_, colour), (_, row) in zip(self.road_poly, rows, strict=True)}
-        for tile in self.road:  # a tile that the car touches changes its colour, in place
-            tile.color = of_tile[id(tile.color)]
-        self.road_poly = rows
+        self._map = empty_map().copy()
+        self._pen, self._untouched = ImageDraw.Draw(self._map), self.road
+        for polygon, colour in self.road_poly:
+            self._pen.polygon(on_map(polygon), INK[tuple(int(level) for level in colour)])
         start = int(self._place * len(self.track))
         self.track = self.track[start:] + self.track[:start]
         return True
@@ -169,50 +191,39 @@ class FastCarRacing(car_racing.CarRacing):
     def _render(self, mode):
         if mode != "state_pixels":
             return super()._render(mode)
+        if self.blind:
+            return None
+        if len(self.road) - len(self._untouched) < self.tile_visited_count:  # a tile that the car touched is darker
+            for tile in self._untouched:
+                if tile.road_visited:
+                    self._pen.polygon(on_map(tile.fixtures[0].shape.vertices), ROAD)
+            self._untouched = [tile for tile in self._untouched if not tile.road_visited]
         zoom = 0.1 * car_racing.SCALE * max(1 - self.t, 0) + car_racing.ZOOM * car_racing.SCALE * min(self.t, 1)
-        wheels, hull = self.car.wheels, self.car.hull
-        x, y = hull.position
-        scale = np.array([DRAWN / WINDOW_WIDTH, -DRAWN / WINDOW_HEIGHT])  # the window's y points up
-        cos, sin = math.cos(hull.angle) * zoom, math.sin(hull.angle) * zoom
-        view = np.array([[cos, -sin], [sin, cos]]) * scale  # (metres) @ view + origin = canvas pixels
-        bottom = WINDOW_HEIGHT - (car_racing.WINDOW_H - car_racing.WINDOW_H / 4)
-        origin = np.array([WINDOW_WIDTH / 2, bottom - WINDOW_HEIGHT]) * scale - (x, y) @ view
+        (x, y), angle = self.car.hull.position, self.car.hull.angle
+        cos, sin = math.cos(angle), math.sin(angle)
+        right, up = zoom * DRAWN / WINDOW_WIDTH, zoom * DRAWN / WINDOW_HEIGHT  # pixels a metre; the car's nose is up
+        across, along, pixels = DRAWN / 2, DRAWN * (1 - 100 / WINDOW_HEIGHT), MAP / 2 / car_racing.PLAYFIELD
+        a, b, d, e = pixels * cos / right, pixels * sin / up, pixels * sin / right, -pixels * cos / up
+        (left, low), shift = on_map((x, y)), (a * across + b * along, d * across + e * along)
+        view = (a, b, left - shift[0], d, e, low - shift[1])  # of a picture's pixels to the map's
+        picture = self._map.transform((DRAWN, DRAWN), Image.Transform.AFFINE, view, fillcolor=BLACK)
+        pen = ImageDraw.Draw(picture)
 
-        canvas, draw = self._canvas, pygame.draw.polygon
-        seen = WINDOW_WIDTH / zoom  # metres; nothing farther away is in the picture
-        if max(abs(x), abs(y)) + seen < car_racing.PLAYFIELD:
-            canvas.fill(self.bg_color.tolist())
-        else:
-            canvas.fill((0, 0, 0))
-            draw(canvas, self.bg_color.tolist(), (FIELD @ view + origin).tolist())
-        centres = self._centres @ view + origin
-        reach = self._reach[:, None] * zoom * np.abs(scale)
-        near = np.flatnonzero(((centres > -reach) & (centres < DRAWN + reach)).all(1))
-        corners = (self._polygons[near] @ view + origin).tolist()
-        for polygon, colour in zip(corners, self._colours[near].tolist(), strict=True):
-            draw(canvas, colour, polygon)
+        def draw(corners, colour):  # metres from the car's middle
+            pen.polygon([(across + u * right, along - v * up) for u, v in corners], colour)
 
-        angles = np.array([body.angle for body in (*wheels, hull)])
-        cos, sin = np.cos(angles), np.sin(angles)
-        turns = np.stack([cos, sin, -sin, cos], -1).reshape(5, 2, 2) @ view
-        places = np.array([tuple(body.position) for body in (*wheels, hull)]) @ view + origin
-        phases = np.array([[wheel.phase, wheel.phase + 1.2] for wheel in wheels])
-        sines, heights = np.sin(phases), np.cos(phases)
-        heights = np.where(sines > 0, np.sign(heights), heights)  # the white mark's ends, as Gymnasium has them
-        marks = np.broadcast_to(WHEEL, (4, 4, 2)) * np.stack([np.ones((4, 4)), heights[:, [0, 0, 1, 1]]], -1)
-        marks[:, 2:, 1] *= -1  # WHEEL's last two corners have a negative y already
-        rims = (WHEEL @ turns[:4] + places[:4, None]).tolist()
-        marks = (marks @ turns[:4] + places[:4, None]).tolist()
-        for wheel in range(4):
-            draw(canvas, car_dynamics.WHEEL_COLOR, rims[wheel])
-            if (sines[wheel] <= 0).any():
-                draw(canvas, car_dynamics.WHEEL_WHITE, marks[wheel])
-        corners, first = (HULL @ turns[4] + places[4]).tolist(), 0
-        for end in HULL_ENDS:
-            draw(canvas, (204, 0, 0), corners[first:end])
-            first = end
-        small = pygame.transform.smoothscale(canvas, (SIZE, SIZE))
-        return pygame.surfarray.pixels3d(small).transpose(1, 0, 2).copy()
+        for wheel in self.car.wheels:
+            dx, dy, turn = wheel.position[0] - x, wheel.position[1] - y, wheel.angle - angle
+            u, v, c, s = cos * dx + sin * dy, cos * dy - sin * dx, math.cos(turn), math.sin(turn)
+            draw([(u + i * c - j * s, v + i * s + j * c) for i, j in WHEEL], BLACK)
+            phases = wheel.phase, wheel.phase + 1.2
+            if any(math.sin(phase) <= 0 for phase in phases):  # the white mark is on the upper side
+                ends = [math.cos(p) if math.sin(p) <= 0 else math.copysign(1, math.cos(p)) for p in phases]
+                mark = [(i, WHEEL_Y * ends[k // 2]) for k, (i, _) in enumerate(WHEEL)]
+                draw([(u + i * c - j * s, v + i * s + j * c) for i, j in mark], MARK)
+        for polygon in HULL:
+            draw(polygon, HULL_RED)
+        return np.array(picture.convert("RGB").reduce(3))
 
 
 class GymnasiumCarRacing(gym.ObservationWrapper):
@@ -359,23 +370,27 @@ SLOTS = 16  # environments of a worker, seen by V in one batch
 PATIENCE, GRACE = 20, 50  # frames without a reward after which a training rollout is hopeless; not asked before GRACE
 
 
-def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda count: None):
+def drive(envs, agent, controllers, next_job, repeat, sample_z=False, on_frames=lambda count: None):
     """Plays jobs, several at a time: a slot takes the next job as soon as its episode ends.
 
     controllers: (P, 3, I). `next_job` returns a dict or None when there are no more; its keys are `index`, `seed` (of
     the track), `controller` (row of `controllers`, or None for random driving), `limit` (frames), and optionally
     `place` (where to start), `noise` (seed, kind), `abort` (end hopeless rollouts) and `keep` (return the frames).
-    Returns a list of dicts with index, return, frames and finished, and what was kept.
+    Every action lasts `repeat` frames. Returns a list of dicts with index, return, frames and finished, and what was
+    kept, a row for each action.
+
+    V and M always see SLOTS rows, also where fewer drive: their last bits depend on how many there are, a long rollout
+    makes a different one of that, and a job's result must not depend on what is driven beside it.
 
     An aborted rollout is charged 0.1 for every frame that it did not drive, as if it had stood still until the limit.
     Without that, giving up early would pay. A car that would have found back to the road is still scored too low.
     """
     count = len(envs)
     slots, results = [None] * count, []
-    obs = np.zeros((count, SIZE, SIZE, 3), np.uint8)
-    state = (torch.zeros(1, count, HIDDEN), torch.zeros(1, count, HIDDEN))
-    weights = torch.zeros(count, *controllers.shape[1:])
-    z, actions, more = torch.zeros(count, LATENTS), torch.zeros(count, 3), True
+    obs = np.zeros((SLOTS, SIZE, SIZE, 3), np.uint8)
+    state = (torch.zeros(1, SLOTS, HIDDEN), torch.zeros(1, SLOTS, HIDDEN))
+    weights = torch.zeros(SLOTS, *controllers.shape[1:])
+    z, actions, more = torch.zeros(SLOTS, LATENTS), torch.zeros(SLOTS, 3), True
     chosen = actions.numpy()  # the same memory
     while True:
         for i in range(count):
@@ -394,13 +409,12 @@ def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda c
         busy = [i for i in range(count) if slots[i]]
         if not busy:
             return results
-        on_frames(len(busy))
+        on_frames(len(busy) * repeat)
         if any(slots[i]["job"]["controller"] is not None for i in busy):
-            mu, logvar = agent.vision.encode(torch.from_numpy(obs[busy]))
-            if sample_z:
-                noise = np.stack([slots[i]["rng"].standard_normal(LATENTS, np.float32) for i in busy])
-                mu = mu + torch.exp(logvar / 2) * torch.from_numpy(noise)
-            z[busy] = mu
+            z, logvar = agent.vision.encode(torch.from_numpy(obs))
+            for i in busy if sample_z else ():
+                noise = slots[i]["rng"].standard_normal(LATENTS, np.float32)
+                z[i] += torch.exp(logvar[i] / 2) * torch.from_numpy(noise)
             wanted = wanted_actions(z, state[0][0], weights)
             actions[:] = squash(wanted)
         for i in busy:
@@ -409,15 +423,23 @@ def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda c
             if job["controller"] is None or "noise" in job:
                 chosen[i] = explore(slot, None if job["controller"] is None else chosen[i])
             before = obs[i].copy() if job.get("keep") else None
-            obs[i], reward, terminated, truncated, info = envs[i].step(chosen[i].copy())
-            slot["return"] += reward
-            slot["frames"] += 1
-            slot["idle"] = slot["idle"] + 1 if reward < 0 else 0
+            earned = 0.0
+            for k in range(frames := min(repeat, job["limit"] - slot["frames"])):
+                envs[i].blind = k < frames - 1
+                picture, reward, terminated, truncated, info = envs[i].step(chosen[i].copy())
+                earned += reward
+                slot["frames"] += 1
+                slot["idle"] = slot["idle"] + 1 if reward < 0 else 0
+                if terminated or truncated:
+                    break
+            slot["return"] += earned
             if job.get("keep"):
                 own = np.full(3, np.nan) if job["controller"] is None else wanted[i].numpy().copy()
-                slot["kept"].append((before, np.array([*chosen[i], reward, slot["frames"] == 1, terminated, *own])))
+                slot["kept"].append((before, np.array([*chosen[i], earned, not slot["kept"], terminated, *own])))
             hopeless = job.get("abort") and slot["idle"] >= PATIENCE and slot["frames"] > GRACE
-            if terminated or truncated or hopeless or slot["frames"] >= job["limit"]:
+            if not (terminated or truncated or hopeless or slot["frames"] >= job["limit"]):
+                obs[i] = picture
+            else:
                 if hopeless and not terminated:
                     slot["return"] -= 0.1 * (job["limit"] - slot["frames"])
                 result = {"index": job["index"], "return": float(slot["return"]), "frames": slot["frames"]}
@@ -471,17 +493,16 @@ def work(connection, counter, driven):
 
     while True:
         try:
-            world, weights, controllers, jobs, sample_z = connection.recv()
+            world, weights, controllers, jobs, settings = connection.recv()
         except EOFError:
             return
         if weights:
             controller_input = "zh" if weights["controller"].shape[1] > LATENTS + 1 else "z"
             agent = Agent(controller_input)
             agent.load_state_dict(weights)
-        slots = SLOTS if world == "fast" else 4
         if world not in envs:
-            envs[world] = [ENVIRONMENTS[world]() for _ in range(slots)]
-        connection.send(drive(envs[world], agent, controllers, next_job, sample_z, on_frames))
+            envs[world] = [ENVIRONMENTS[world]() for _ in range(SLOTS)]
+        connection.send(drive(envs[world], agent, controllers, next_job, *settings, on_frames))
 
 
 class Workers:
@@ -504,13 +525,14 @@ class Workers:
         self.weights = {key: value.detach().cpu().clone() for key, value in agent.state_dict().items()}
         self.fresh = True
 
-    def drive(self, controllers, jobs, sample_z=False, world="fast", bar=None):
+    def drive(self, args, controllers, jobs, world="fast", bar=None):
         """The results of `drive` for all jobs, in the jobs' order. Their `index` is set here."""
         for index, job in enumerate(jobs):
             job["index"] = index
         self.counter.value, self.driven.value, started = 0, 0, time.time()
         for connection in self.connections:
-            connection.send((world, self.weights if self.fresh else None, controllers, jobs, sample_z))
+            settings = (args.action_repeat, args.sample_z)
+            connection.send((world, self.weights if self.fresh else None, controllers, jobs, settings))
         self.fresh, results, waiting = False, [], list(self.connections)
         while waiting:
             for connection in multiprocessing.connection.wait(waiting, timeout=2):
@@ -649,7 +671,7 @@ def sample_next(memory, hidden, starts, temperature, chance):
     return z, reward, end
 
 
-REWARDS = (-1.0, 7.0)  # range of the rewards that M learns; leaving the lawn costs 100, which would drown the others
+REWARDS = (-1.0, 10.0)  # range of the rewards that M learns; leaving the lawn costs 100, which would drown the others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -808,7 +830,7 @@ class Run:
         self.iteration, self.optimizer = 0, None
         # done: rounds and stages; step: of the stage that is not; frames: driven to search; scores: (frames, score)
         self.state = {"done": [], "step": 0, "frames": 0, "elapsed": 0.0, "best": None, "scores": []}
-        self.state |= {"stage_best": None, "search": None, "collected": 0}
+        self.state |= {"stage_best": None, "search": None, "collected": 0, "replaced": 0}
         self.saved_optimizer = None
         if checkpoint:
             note_differences(checkpoint["made_on"], self.made_on)
@@ -880,7 +902,7 @@ def stage_collect(run, round_):
     controllers = run.agent.controller[None].cpu()
     run.workers.load(run.agent)
     bar = run.bar(round_, "collect", args.collect_frames)
-    batch = 8 * len(run.workers.processes)
+    batch = 32  # episodes at a time
     limit = min(300, args.max_frames) if round_ == 1 else args.max_frames
     while state["step"] < args.collect_frames:
         jobs = []
@@ -891,9 +913,9 @@ def stage_collect(run, round_):
             if round_ == 1 or episode % 3:
                 job["noise"] = (args.seed * 1000 + round_, 0 if round_ == 1 else episode % 3)
             jobs.append(job)
-        for result in run.workers.drive(controllers, jobs, args.sample_z, bar=bar):
+        for result in run.workers.drive(args, controllers, jobs, bar=bar):
             # Episodes count one by one, so that the footage does not depend on how many workers there are.
-            room = slice(state["step"], min(state["step"] + result["frames"], args.collect_frames))
+            room = slice(state["step"], min(state["step"] + len(result["rows"]), args.collect_frames))
             size = room.stop - room.start
             footage.pictures[-1][room], footage.rows[-1][room] = result["pictures"][:size], result["rows"][:size]
             footage.rows[-1][room, 3] = footage.rows[-1][room, 3].clip(*REWARDS)
@@ -914,7 +936,7 @@ def stage_vision(run, round_):
     args, state, vision = run.args, run.state, run.agent.vision
     run.footage.open(round_)
     run.start_optimizer(vision.parameters(), args.vision_lr)
-    total = args.vision_epochs * len(run.footage) // args.vision_batch
+    total = args.vision_steps
     bar, sums, every = run.bar(round_, "vision", total), [], min(LOG_EVERY["vision"], total // 10 or 1)
     while state["step"] < total:
         chance = run.randomness(round_, 1, state["step"])
@@ -966,7 +988,7 @@ def stage_memory(run, round_):
     latents = encode_footage(run, round_)
     episodes, rows = run.footage.episodes()
     run.start_optimizer(memory.parameters(), args.memory_lr)
-    total = args.memory_epochs * len(episodes) // args.memory_batch
+    total = args.memory_steps
     bar, sums, every = run.bar(round_, "memory", total), [], min(LOG_EVERY["memory"], total // 10 or 1)
     while state["step"] < total:
         chance = run.randomness(round_, 2, state["step"])
@@ -1047,7 +1069,7 @@ def validate(run, controller, bar):
     args = run.args
     seeds = range(VALIDATION_TRACKS, VALIDATION_TRACKS + args.validation_tracks)
     jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
-    returns = [result["return"] for result in run.workers.drive(controller[None], jobs, args.sample_z, bar=bar)]
+    returns = [result["return"] for result in run.workers.drive(args, controller[None], jobs, bar=bar)]
     return float(np.mean(returns)), float(np.std(returns))
 
 
@@ -1058,7 +1080,7 @@ def stage_controller(run, round_):
     agent.eval()
     run.workers.load(agent)
     dreamt = args.dream_generations if round_ == 1 and args.controller_input == "zh" else 0
-    shape, total = agent.controller.shape, dreamt + args.generations
+    shape, total = agent.controller.shape, dreamt + (args.first_generations if round_ == 1 else args.generations)
     bar = run.bar(round_, "controller", total)
 
     def candidates(vectors):
@@ -1085,7 +1107,7 @@ def stage_controller(run, round_):
 
     if state["search"] is None:
         mean = translate_controller(run, round_) if round_ > 1 else torch.zeros(shape)
-        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if round_ == 1 else args.sigma / 3)
+        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if round_ == 1 else args.sigma / 2)
         state["stage_best"] = None
         metrics = look(search)
         state["search"] = search.state()
@@ -1106,14 +1128,14 @@ def stage_controller(run, round_):
             ).cpu().double().numpy()  # fmt: skip
             rate = args.population * args.dream_starts * args.dream_steps / (time.time() - started)
         else:
-            first = TRAIN_TRACKS + ((round_ - 1) * args.generations + generation - dreamt) * args.tracks
-            seeds = [args.seed * 10_000_000 + first + track for track in range(args.tracks)]
+            first = TRAIN_TRACKS + args.seed * 10_000_000 + round_ * 1_000_000 + (generation - dreamt) * args.tracks
+            seeds = range(first, first + args.tracks)
             jobs = [
                 {"seed": seed, "controller": candidate, "limit": args.max_frames, "abort": True}
                 for seed in seeds
                 for candidate in range(args.population)
             ]
-            results = run.workers.drive(candidates(vectors), jobs, args.sample_z, bar=bar)
+            results = run.workers.drive(args, candidates(vectors), jobs, bar=bar)
             returns = np.array([result["return"] for result in results]).reshape(args.tracks, -1).mean(0)
             driven = sum(result["frames"] for result in results)
             state["frames"] += driven
@@ -1135,6 +1157,9 @@ def stage_controller(run, round_):
             search = start_search(mean, start["sigma"])
         state["search"] = search.state()
         run.log(metrics)
+        if state["elapsed"] > 3600 * args.hours and state["step"] < total:
+            bar.close()
+            return False
     bar.close()
     agent.controller.copy_(state["stage_best"]["controller"])
     state["search"] = state["stage_best"] = None
@@ -1162,7 +1187,9 @@ def train(args, checkpoint=None):
         for round_, stage in still_to_do(args, run.state["done"]):
             if stage not in args.stages:
                 break
-            STAGE_FUNCTIONS[stage](run, round_)
+            if STAGE_FUNCTIONS[stage](run, round_) is False:
+                print(f"{args.hours} hours are over: type --resume {folder} --hours {2 * args.hours:g} to go on later")
+                break
             run.state["done"].append([round_, stage])
             run.state["step"] = 0
             run.save()
@@ -1219,7 +1246,7 @@ def evaluate(args, checkpoint, folder=None, workers=None):
         workers.load(agent)
         for world in ("gymnasium", "fast") if args.eval_fast else ("gymnasium",):
             jobs = [{"seed": seed, "controller": 0, "limit": 1000} for seed in seeds]
-            summary = summarize(workers.drive(agent.controller[None], jobs, args.sample_z, world))
+            summary = summarize(workers.drive(args, agent.controller[None], jobs, world))
             result |= summary if world == "gymnasium" else {"fast": summary}
             name = "CarRacing-v3" if world == "gymnasium" else "FastCarRacing, same tracks"
             score = f"{summary['mean']:.1f} +- {summary['std']:.1f} (standard error {summary['standard_error']:.1f})"
@@ -1230,7 +1257,7 @@ def evaluate(args, checkpoint, folder=None, workers=None):
     print(f"gymnasium {here['gymnasium']}, box2d {here['box2d']}, seeds {seeds[0]} to {seeds[-1]}")
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     best = seeds[int(np.argmax(result["returns"]))]
-    film_lap(agent, best, args.sample_z, folder / "best_lap.mp4")
+    film_lap(agent, best, args, folder / "best_lap.mp4")
     print(f"written to {folder}/: evaluation.json, best_lap.mp4 (seed {best})")
 
 
@@ -1261,14 +1288,14 @@ def draw_action(picture, action):
 
 
 @torch.no_grad()
-def film_lap(agent, seed, sample_z, path):
+def film_lap(agent, seed, args, path):
     """Drives a track once more, to film it: same seed, same controller, same lap."""
     import imageio.v2
 
     jobs = iter([{"index": 0, "seed": seed, "controller": 0, "limit": 1000}])
     with imageio.v2.get_writer(path, fps=25, macro_block_size=2) as video:
         env = Film(video)
-        drive([env], agent, agent.controller[None], lambda: next(jobs, None), sample_z)
+        drive([env], agent, agent.controller[None], lambda: next(jobs, None), args.action_repeat, args.sample_z)
         env.close()
 
 
@@ -1284,12 +1311,13 @@ def film_dream(args, checkpoint):
     folder = Path("runs") / f"{args.dream.stem}-dream-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     jobs = iter([{"index": 0, "seed": args.eval_seed, "controller": 0, "limit": args.max_frames, "keep": True}])
-    (lap,) = drive([FastCarRacing()], agent, agent.controller[None], lambda: next(jobs, None), args.sample_z)
+    controllers, settings = agent.controller[None], (args.action_repeat, args.sample_z)
+    (lap,) = drive([FastCarRacing()], agent, controllers, lambda: next(jobs, None), *settings)
     pictures, actions = torch.from_numpy(lap["pictures"]), torch.from_numpy(lap["rows"][:, :3]).float()
     mu = torch.cat([agent.vision.encode(part)[0] for part in pictures.split(100)])
     chance = {"generator": torch.Generator().manual_seed(args.seed)}
     state, dreamt = None, mu[:1]
-    with imageio.v2.get_writer(folder / "dream.mp4", fps=25, macro_block_size=2) as video:
+    with imageio.v2.get_writer(folder / "dream.mp4", fps=50 / args.action_repeat, macro_block_size=2) as video:
         for t in range(len(pictures)):
             awake = t < DREAM_AWAKE or (t - DREAM_AWAKE) % DREAM_LENGTH == 0
             if awake:
@@ -1319,7 +1347,7 @@ DREAM_AWAKE, DREAM_LENGTH = 60, 150  # frames of the film before the first dream
 # The command line
 
 CALL = ("resume", "evaluate", "dream", "stages", "workers", "eval_fast")  # belong to one call, not to a run
-OPEN = ("device", "rounds", "eval_episodes", "eval_seed", "eval_interval")  # may change on resuming
+OPEN = ("device", "rounds", "generations", "hours", "eval_episodes", "eval_seed", "eval_interval")  # to be changed
 
 
 def args_to_plain(args):
@@ -1342,8 +1370,9 @@ def check_args(args, done=()):
     """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
     limits = {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "vision_batch", "tracks")}
     limits |= {name: (1, np.inf) for name in ("memory_batch", "dream_starts", "dream_steps", "validation_tracks")}
-    limits |= {name: (0, np.inf) for name in ("vision_epochs", "memory_epochs", "dream_generations")}
-    limits |= {"seed": (0, 70), "population": (4, np.inf), "generations": (1, np.inf), "max_frames": (60, 1000)}
+    limits |= {name: (0, np.inf) for name in ("vision_steps", "memory_steps", "dream_generations", "hours")}
+    limits |= {name: (1, np.inf) for name in ("first_generations", "generations")}
+    limits |= {"seed": (0, 70), "action_repeat": (1, 10), "population": (4, np.inf), "max_frames": (60, 1000)}
     limits["eval_seed"] = (0, 900_000)  # the tracks to learn on come after
     limits |= {"collect_frames": (100, np.inf), "vision_lr": (0, 1), "memory_lr": (0, 1), "sigma": (1e-6, 10)}
     limits |= {"temperature": (0.01, 10), "dream_dropout": (0, 0.99)} | ({"workers": (1, 1024)} if args.workers else {})
@@ -1380,7 +1409,9 @@ def parse(argv):
     saved = checkpoint["args"]
     args = tyro.cli(Args, args=argv, default=Args(**saved))
     changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name not in OPEN]
-    if args.resume and changed:
+    learnt = [name for name in ("action_repeat", "controller_input") if name in changed]
+    if args.resume and changed or learnt:
+        changed = learnt or changed
         flag = changed[0].replace("_", "-")
         raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --name.")
     return check_args(args, checkpoint.get("done", ())), checkpoint

@@ -322,8 +322,8 @@ def test_giving_up_costs_what_standing_still_costs():
 # --- Whole runs
 
 LEARN = ("collect", "vision", "memory", "controller")
-SMALL = ["--collect-frames", 600, "--vision-epochs", 1, "--vision-batch", 20, "--memory-epochs", 4, "--memory-batch", 3]
-SMALL += ["--population", 6, "--tracks", 1, "--generations", 3, "--dream-generations", 2, "--dream-starts", 2]
+SMALL = ["--collect-frames", 300, "--vision-steps", 30, "--vision-batch", 20, "--memory-steps", 20, "--memory-batch", 3]
+SMALL += ["--population", 6, "--tracks", 1, "--first-generations", 3, "--generations", 3, "--dream-generations", 2, "--dream-starts", 2]
 SMALL += ["--dream-steps", 10, "--max-frames", 80, "--validation-tracks", 2, "--eval-interval", 2, "--rounds", 2]
 SMALL += ["--eval-episodes", 2]
 
