@@ -530,7 +530,7 @@ class Workers:
     One that dies, or shows no sign of life for `patience` seconds, is replaced, and what it was driving is driven anew.
     """
 
-    def __init__(self, count, patience=120.0):
+    def __init__(self, count, patience=300.0):
         self.context = multiprocessing.get_context("spawn")
         self.driven = self.context.RawArray("q", count)  # frames of a call, by worker
         self.beats = self.context.RawArray("d", [math.inf] * count)  # last signs of life of those that are at work
@@ -579,7 +579,8 @@ class Workers:
         self.driven[:] = [0] * len(self.processes)
 
         def call(number):
-            held[number], self.beats[number] = {}, time.monotonic()
+            held[number] = {}
+            self.beats[number] = time.monotonic() + 600 * self.fresh[number]  # a new one has much to import
             told.discard(number)
             weights = self.weights if self.fresh[number] else None
             self.connections[number].send((world, self.settings, weights, controllers))
