@@ -780,6 +780,7 @@ def open_map(path, shape, kind, fill=None):
         os.replace(path.with_suffix(".tmp"), path)
     gather(None)
     try:
+        np.load(path, mmap_mode="r")  # which refuses a file that was cut off; "r+" would fill it up with zeros
         array = np.load(path, mmap_mode="r+")
         good = (array.shape, array.dtype) == (shape, kind)
     except Exception as error:  # whatever may be in a file
@@ -1579,8 +1580,9 @@ def parse(argv):
         return check_args(tyro.cli(Args, args=argv, default=Args(**QUICK)) if args.quick else args), None
     try:
         checkpoint = load_checkpoint(path)
-        saved = checkpoint["args"]
-        args = tyro.cli(Args, args=argv, default=Args(**saved))
+        default = Args(**checkpoint["args"])
+        saved = args_to_plain(default)
+        args = tyro.cli(Args, args=argv, default=default)
     except (AttributeError, TypeError, LookupError) as error:  # it has the right keys and wrong contents
         raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
     changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name not in OPEN]
@@ -1600,6 +1602,7 @@ def main():
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
+    code, sentence = 0, None
     try:
         args, checkpoint = parse(sys.argv[1:])
         if RANKS > 1:
@@ -1613,13 +1616,15 @@ def main():
         else:
             train(args, checkpoint)
     except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        code, sentence = 2, str(error)
     except (Fault, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        code, sentence = 1, str(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if sentence:  # last, after the bars that the error has closed
+        print(sentence, file=sys.stderr)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
