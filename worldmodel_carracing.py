@@ -9,6 +9,7 @@ mixture density output remembers and foretells (M), and a linear controller of 8
     python worldmodel_carracing.py --resume runs/<name>          # go on as if never stopped
     python worldmodel_carracing.py --evaluate runs/<name>/best.pt
     python worldmodel_carracing.py --dream runs/<name>/best.pt   # a film of the dream beside reality
+    torchrun --standalone --nproc-per-node 4 worldmodel_carracing.py --name big   # over many cores or machines
     tensorboard --logdir runs                                    # watch it
 
 Pictures are drawn by FastCarRacing, over Gymnasium's own tracks and physics; scores are played in Gymnasium's own
@@ -18,8 +19,10 @@ CarRacing-v3, untouched.
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,8 +33,9 @@ import signal
 import sys
 import threading
 import time
+import types
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Union, get_args, get_origin
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -40,9 +44,11 @@ import gymnasium as gym
 import numpy as np
 import pygame
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from gymnasium.envs.box2d import car_dynamics, car_racing
+from PIL import Image, ImageDraw
 from torch import nn
 
 STAGES = ("collect", "vision", "memory", "controller", "evaluate")
@@ -68,11 +74,12 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn and dream; auto takes the GPU if there is one
 
     # collect, V and M
-    collect_frames: int = 100_000  # frames to collect in a round
-    vision_epochs: int = 5  # passes of V over all the frames, in a round
-    vision_batch: int = 100  # frames of V's minibatch
+    action_repeat: int = 2  # frames that every action lasts, in learning and in scores alike
+    collect_frames: int = 100_000  # pictures to collect in a round, one for each action
+    vision_steps: int = 3000  # minibatches of V in a round
+    vision_batch: int = 100  # pictures of V's minibatch
     vision_lr: float = 5e-4  # Adam's step size for V at the start of a round; it falls linearly to a tenth
-    memory_epochs: int = 40  # passes of M over all the episodes, in a round; 0 leaves M untrained
+    memory_steps: int = 1500  # minibatches of M in a round; 0 leaves M untrained
     memory_batch: int = 16  # episodes of M's minibatch
     memory_lr: float = 1e-3  # Adam's step size for M at the start of a round; it falls linearly to a tenth
 
@@ -80,25 +87,54 @@ class Args:
     controller_input: Literal["zh", "z"] = "zh"  # what C sees: V's latents and M's hidden state, or the latents alone
     sample_z: bool = False  # C and M see a sample of V's latents instead of their mean
     population: int = 64  # candidates of a generation
-    tracks: int = 4  # tracks that every candidate of a generation drives, the same for all
-    generations: int = 90  # generations on real tracks, in a round
+    tracks: int = 8  # tracks that every candidate of a generation drives, the same for all
+    first_generations: int = 40  # generations on real tracks in the first round, whose footage is of random driving
+    generations: int = 1000  # generations on real tracks in a later round, at most
+    hours: float = 7.4  # of learning, all calls together, after which the search rests; resume with more to go on
     sigma: float = 0.1  # CMA-ES's step size at the start
     max_frames: int = 1000  # frames after which a rollout ends
-    validation_tracks: int = 32  # tracks that score the mean controller and choose best.pt
+    validation_tracks: int = 64  # tracks that score the mean controller and choose best.pt
     dream_generations: int = 60  # generations in the dream, before the real ones, in the first round
     dream_starts: int = 16  # places from which every candidate dreams
-    dream_steps: int = 250  # frames of a dream
+    dream_steps: int = 150  # actions of a dream
     temperature: float = 1.15  # of the dream: above 1, the next latents are less certain than M believes
     dream_dropout: float = 0.1  # share of M's hidden state dropped before it foretells, so that C cannot exploit it
 
 
-QUICK = {"rounds": 1, "collect_frames": 8_000, "vision_epochs": 8, "memory_epochs": 40, "population": 32, "tracks": 2}
-QUICK |= {"generations": 14, "dream_generations": 20, "dream_starts": 8, "dream_steps": 150, "eval_episodes": 8}
-QUICK |= {"max_frames": 400, "validation_tracks": 8, "vision_lr": 1e-3}
+QUICK = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 400, "vision_lr": 1e-3, "memory_steps": 150}
+QUICK |= {"population": 32, "tracks": 3, "first_generations": 16, "max_frames": 400, "validation_tracks": 16}
+QUICK |= {"dream_generations": 10, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
 
 
 class UsageError(Exception):
     """What the user typed, or what the machine lacks; the message is one sentence that says what to type next."""
+
+
+class Fault(Exception):
+    """What ended a run though nothing was typed wrong; one sentence that says what happened and how to go on."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks: under torchrun this script runs several times, and the copies share the work. Only rank 0 writes and speaks.
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for each rank
+
+
+def gather(value):
+    """The values of all ranks, in their order; it also waits for all of them."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def join_ranks(device):
+    """Meets torchrun's other ranks. Each restart under keys of its own: else it finds the addresses of the dead."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,16 +142,19 @@ class UsageError(Exception):
 
 SIZE = 64  # pixels of V's picture
 ROWS = 84  # rows of Gymnasium's 96 x 96 picture above its indicators
-DRAWN = 3 * SIZE  # polygons are drawn at three times the size and shrunk, which smooths their edges
+DRAWN = 3 * SIZE  # pictures are drawn at three times the size and shrunk, which smooths their edges
 WINDOW_WIDTH, WINDOW_HEIGHT = car_racing.WINDOW_W, car_racing.WINDOW_H * ROWS / car_racing.STATE_H  # what V sees of it
-GRASS = np.array([(1, 0), (0, 0), (0, 1), (1, 1)]) + np.mgrid[-20:20:2, -20:20:2].reshape(2, -1).T[:, None]
-GRASS = GRASS * car_racing.GRASS_DIM  # (400, 4, 2) in metres, the light squares of the lawn
-FIELD = np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]) * car_racing.PLAYFIELD
-WHEEL = np.array([(-1, 1), (1, 1), (1, -1), (-1, -1)]) * (car_dynamics.WHEEL_W, car_dynamics.WHEEL_R)
-WHEEL = WHEEL * car_dynamics.SIZE * 0.7  # a canvas polygon includes its border, which would make a small one fat
+MAP = 2048  # pixels of a track's map, about as fine as what is drawn of it
+BLACK, LAWN, SQUARES, ROAD, HULL_RED, MARK = 0, 1, 2, 3, 8, 9  # in PALETTE; new road has three shades, kerbs have two
+PALETTE = [(0, 0, 0), (102, 204, 102), (102, 230, 102), (102, 102, 102), (104, 104, 104), (107, 107, 107)]
+PALETTE += [(255, 255, 255), (255, 0, 0), (204, 0, 0), (77, 77, 77)]
+INK = {colour: index for index, colour in enumerate(PALETTE)}
+PALETTE = (np.array(PALETTE) - 2).clip(0)  # Gymnasium's picture is shrunk by pygame, which takes 2 levels
+SLIM = 0.7 * car_dynamics.SIZE  # a drawn polygon includes its border, which would make a small one fat
+WHEEL_X, WHEEL_Y = SLIM * car_dynamics.WHEEL_W, SLIM * car_dynamics.WHEEL_R
+WHEEL = [(-WHEEL_X, WHEEL_Y), (WHEEL_X, WHEEL_Y), (WHEEL_X, -WHEEL_Y), (-WHEEL_X, -WHEEL_Y)]
 HULL = (car_dynamics.HULL_POLY1, car_dynamics.HULL_POLY2, car_dynamics.HULL_POLY3, car_dynamics.HULL_POLY4)
-HULL_ENDS = np.cumsum([len(polygon) for polygon in HULL])
-HULL = np.concatenate([np.array(polygon) for polygon in HULL]) * car_dynamics.SIZE * 0.9
+HULL = [(np.array(polygon) * car_dynamics.SIZE * 0.9).tolist() for polygon in HULL]
 
 
 def area_weights(many, few):
@@ -134,36 +173,49 @@ def shrink(picture):
     return np.rint(np.einsum("kw,hwc->hkc", SHRINK_COLUMNS, lines)).astype(np.uint8)
 
 
+def on_map(polygon):
+    """Metres of the world as pixels of the map: a list of numbers, as Pillow takes it."""
+    return ((np.asarray(polygon) + car_racing.PLAYFIELD) * (MAP / 2 / car_racing.PLAYFIELD)).ravel().tolist()
+
+
+@functools.cache
+def empty_map():
+    """The lawn and its lighter squares, on which every track is drawn."""
+    picture, side = Image.new("P", (MAP, MAP), LAWN), car_racing.GRASS_DIM
+    picture.putpalette(PALETTE.astype(np.uint8).tobytes())
+    for x, y in itertools.product(range(-20, 20, 2), repeat=2):
+        corners = side * np.array([(x + 1, y), (x, y), (x, y + 1), (x + 1, y + 1)])
+        ImageDraw.Draw(picture).polygon(on_map(corners), SQUARES)
+    return picture
+
+
 class FastCarRacing(car_racing.CarRacing):
     """Gymnasium's CarRacing, whose observation is drawn at once as V sees it: uint8 (64, 64, 3).
 
-    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is drawn anew, many times faster, and
-    within a mean of 1 level of 255 of `shrink` of Gymnasium's (tests/test_worldmodel.py). `reset(options={"place": x})`
-    starts at the share x of the track instead of on the start line.
+    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is taken anew, many times faster, from
+    a map drawn once a track, and within a mean of 1 level of 255 of `shrink` of Gymnasium's (tests/test_worldmodel.py).
+    `reset(options={"place": x})` starts at the share x of the track instead of on the start line. While `blind` is set,
+    nothing is drawn: nobody sees the frames between two actions.
     """
+
+    blind = False
 
     def __init__(self, **settings):
         super().__init__(**settings)
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
-        self._canvas = pygame.Surface((DRAWN, DRAWN))
         self._place = 0.0
 
     def reset(self, *, seed=None, options=None):
-        self._place = (options or {}).get("place", 0.0)
+        self._place, self.blind = (options or {}).get("place", 0.0), False
         return super().reset(seed=seed, options=options)
 
     def _create_track(self):
         if not super()._create_track():
             return False
-        self._polygons = np.concatenate([GRASS, [polygon for polygon, _ in self.road_poly]])  # (P, 4, 2)
-        self._centres = self._polygons.mean(1)
-        self._reach = np.abs(self._polygons - self._centres[:, None]).max((1, 2)) * math.sqrt(2)
-        self._colours = np.array([self.grass_color] * len(GRASS) + [colour for _, colour in self.road_poly]).astype(int)
-        rows = [(polygon, row) for (polygon, _), row in zip(self.road_poly, self._colours[len(GRASS) :], strict=True)]
-        of_tile = {id(colour): row for (_, colour), (_, row) in zip(self.road_poly, rows, strict=True)}
-        for tile in self.road:  # a tile that the car touches changes its colour, in place
-            tile.color = of_tile[id(tile.color)]
-        self.road_poly = rows
+        self._map = empty_map().copy()
+        self._pen, self._untouched = ImageDraw.Draw(self._map), self.road
+        for polygon, colour in self.road_poly:
+            self._pen.polygon(on_map(polygon), INK[tuple(int(level) for level in colour)])
         start = int(self._place * len(self.track))
         self.track = self.track[start:] + self.track[:start]
         return True
@@ -171,50 +223,39 @@ class FastCarRacing(car_racing.CarRacing):
     def _render(self, mode):
         if mode != "state_pixels":
             return super()._render(mode)
+        if self.blind:
+            return None
+        if len(self.road) - len(self._untouched) < self.tile_visited_count:  # a tile that the car touched is darker
+            for tile in self._untouched:
+                if tile.road_visited:
+                    self._pen.polygon(on_map(tile.fixtures[0].shape.vertices), ROAD)
+            self._untouched = [tile for tile in self._untouched if not tile.road_visited]
         zoom = 0.1 * car_racing.SCALE * max(1 - self.t, 0) + car_racing.ZOOM * car_racing.SCALE * min(self.t, 1)
-        wheels, hull = self.car.wheels, self.car.hull
-        x, y = hull.position
-        scale = np.array([DRAWN / WINDOW_WIDTH, -DRAWN / WINDOW_HEIGHT])  # the window's y points up
-        cos, sin = math.cos(hull.angle) * zoom, math.sin(hull.angle) * zoom
-        view = np.array([[cos, -sin], [sin, cos]]) * scale  # (metres) @ view + origin = canvas pixels
-        bottom = WINDOW_HEIGHT - (car_racing.WINDOW_H - car_racing.WINDOW_H / 4)
-        origin = np.array([WINDOW_WIDTH / 2, bottom - WINDOW_HEIGHT]) * scale - (x, y) @ view
+        (x, y), angle = self.car.hull.position, self.car.hull.angle
+        cos, sin = math.cos(angle), math.sin(angle)
+        right, up = zoom * DRAWN / WINDOW_WIDTH, zoom * DRAWN / WINDOW_HEIGHT  # pixels a metre; the car's nose is up
+        across, along, pixels = DRAWN / 2, DRAWN * (1 - 100 / WINDOW_HEIGHT), MAP / 2 / car_racing.PLAYFIELD
+        a, b, d, e = pixels * cos / right, pixels * sin / up, pixels * sin / right, -pixels * cos / up
+        (left, low), shift = on_map((x, y)), (a * across + b * along, d * across + e * along)
+        view = (a, b, left - shift[0], d, e, low - shift[1])  # of a picture's pixels to the map's
+        picture = self._map.transform((DRAWN, DRAWN), Image.Transform.AFFINE, view, fillcolor=BLACK)
+        pen = ImageDraw.Draw(picture)
 
-        canvas, draw = self._canvas, pygame.draw.polygon
-        seen = WINDOW_WIDTH / zoom  # metres; nothing farther away is in the picture
-        if max(abs(x), abs(y)) + seen < car_racing.PLAYFIELD:
-            canvas.fill(self.bg_color.tolist())
-        else:
-            canvas.fill((0, 0, 0))
-            draw(canvas, self.bg_color.tolist(), (FIELD @ view + origin).tolist())
-        centres = self._centres @ view + origin
-        reach = self._reach[:, None] * zoom * np.abs(scale)
-        near = np.flatnonzero(((centres > -reach) & (centres < DRAWN + reach)).all(1))
-        corners = (self._polygons[near] @ view + origin).tolist()
-        for polygon, colour in zip(corners, self._colours[near].tolist(), strict=True):
-            draw(canvas, colour, polygon)
+        def draw(corners, colour):  # metres from the car's middle
+            pen.polygon([(across + u * right, along - v * up) for u, v in corners], colour)
 
-        angles = np.array([body.angle for body in (*wheels, hull)])
-        cos, sin = np.cos(angles), np.sin(angles)
-        turns = np.stack([cos, sin, -sin, cos], -1).reshape(5, 2, 2) @ view
-        places = np.array([tuple(body.position) for body in (*wheels, hull)]) @ view + origin
-        phases = np.array([[wheel.phase, wheel.phase + 1.2] for wheel in wheels])
-        sines, heights = np.sin(phases), np.cos(phases)
-        heights = np.where(sines > 0, np.sign(heights), heights)  # the white mark's ends, as Gymnasium has them
-        marks = np.broadcast_to(WHEEL, (4, 4, 2)) * np.stack([np.ones((4, 4)), heights[:, [0, 0, 1, 1]]], -1)
-        marks[:, 2:, 1] *= -1  # WHEEL's last two corners have a negative y already
-        rims = (WHEEL @ turns[:4] + places[:4, None]).tolist()
-        marks = (marks @ turns[:4] + places[:4, None]).tolist()
-        for wheel in range(4):
-            draw(canvas, car_dynamics.WHEEL_COLOR, rims[wheel])
-            if (sines[wheel] <= 0).any():
-                draw(canvas, car_dynamics.WHEEL_WHITE, marks[wheel])
-        corners, first = (HULL @ turns[4] + places[4]).tolist(), 0
-        for end in HULL_ENDS:
-            draw(canvas, (204, 0, 0), corners[first:end])
-            first = end
-        small = pygame.transform.smoothscale(canvas, (SIZE, SIZE))
-        return pygame.surfarray.pixels3d(small).transpose(1, 0, 2).copy()
+        for wheel in self.car.wheels:
+            dx, dy, turn = wheel.position[0] - x, wheel.position[1] - y, wheel.angle - angle
+            u, v, c, s = cos * dx + sin * dy, cos * dy - sin * dx, math.cos(turn), math.sin(turn)
+            draw([(u + i * c - j * s, v + i * s + j * c) for i, j in WHEEL], BLACK)
+            phases = wheel.phase, wheel.phase + 1.2
+            if any(math.sin(phase) <= 0 for phase in phases):  # the white mark is on the upper side
+                ends = [math.cos(p) if math.sin(p) <= 0 else math.copysign(1, math.cos(p)) for p in phases]
+                mark = [(i, WHEEL_Y * ends[k // 2]) for k, (i, _) in enumerate(WHEEL)]
+                draw([(u + i * c - j * s, v + i * s + j * c) for i, j in mark], MARK)
+        for polygon in HULL:
+            draw(polygon, HULL_RED)
+        return np.array(picture.convert("RGB").reduce(3))
 
 
 class GymnasiumCarRacing(gym.ObservationWrapper):
@@ -317,26 +358,30 @@ def mixture_nll(z, log_pi, mu, log_sigma):
     return -torch.logsumexp(log_pi + log_prob, -1).sum(-1)
 
 
-def memory_loss(memory, z, targets, actions, rewards, ends, lengths):
+def memory_loss(memory, z, targets, actions, rewards, ends, lengths, of=None):
     """M's loss over episodes padded to the longest. z, targets: (T, N, 32), two samples of the same latents; actions:
-    (T, N, 3); rewards, ends: (T, N); lengths: (N,). Returns loss and its parts, means over the real frames.
+    (T, N, 3); rewards, ends: (T, N); lengths: (N,). Returns loss and its parts, means over the real frames of the
+    episodes of lengths `of` (default: these), so that the losses of a minibatch's shares add up to its own.
 
     Frame t foretells the latents of t + 1, so an episode's last frame has reward and end to foretell but no latents.
     """
-    frames = torch.arange(len(z), device=z.device)[:, None]
+    frames, of = torch.arange(len(z), device=z.device)[:, None], lengths if of is None else of
     real, followed = frames < lengths, frames < lengths - 1
     log_pi, mu, log_sigma, reward, end = memory.foretell(memory(z, actions)[0])
-    nll = mixture_nll(targets[1:], log_pi[:-1], mu[:-1], log_sigma[:-1])[followed[:-1]].mean() / LATENTS
-    reward_error = (reward - rewards)[real].square().mean()
-    end_error = F.binary_cross_entropy_with_logits(end[real], ends[real])
+    nll = mixture_nll(targets[1:], log_pi[:-1], mu[:-1], log_sigma[:-1])[followed[:-1]].sum()
+    nll = nll / (of - 1).sum() / LATENTS
+    reward_error = (reward - rewards)[real].square().sum() / of.sum()
+    end_error = F.binary_cross_entropy_with_logits(end[real], ends[real], reduction="sum") / of.sum()
     return nll + reward_error + end_error, nll, reward_error, end_error
 
 
 class Agent(nn.Module):
-    """V, M and C together. C is linear: (3, 289) for its 288 inputs and a bias, or (3, 33) where it sees z alone."""
+    """V, M and C together, and how they drive: the frames that an action lasts, and whether a sample of V's latents is
+    seen or their mean. C is linear: (3, 289) for its 288 inputs and a bias, or (3, 33) where it sees z alone."""
 
-    def __init__(self, controller_input):
+    def __init__(self, controller_input, repeat=2, sample_z=False):
         super().__init__()
+        self.controller_input, self.repeat, self.sample_z = controller_input, repeat, sample_z
         self.vision, self.memory = Vision(), Memory()
         inputs = LATENTS + (HIDDEN if controller_input == "zh" else 0)
         self.register_buffer("controller", torch.zeros(3, inputs + 1))
@@ -361,26 +406,28 @@ SLOTS = 16  # environments of a worker, seen by V in one batch
 PATIENCE, GRACE = 20, 50  # frames without a reward after which a training rollout is hopeless; not asked before GRACE
 
 
-def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda count: None):
+def drive(envs, agent, controllers, next_job, on_step=lambda frames: None, on_result=lambda result: None):
     """Plays jobs, several at a time: a slot takes the next job as soon as its episode ends.
 
     controllers: (P, 3, I). `next_job` returns a dict or None when there are no more; its keys are `index`, `seed` (of
     the track), `controller` (row of `controllers`, or None for random driving), `limit` (frames), and optionally
     `place` (where to start), `noise` (seed, kind), `abort` (end hopeless rollouts) and `keep` (return the frames).
-    Returns a list of dicts with index, return, frames and finished, and what was kept.
+    Returns a list of dicts with index, return, frames and finished, and what was kept, a row for each action.
+
+    V and M always see SLOTS rows, also where fewer drive: their last bits depend on how many there are, a long rollout
+    makes a different one of that, and a job's result must not depend on what is driven beside it.
 
     An aborted rollout is charged 0.1 for every frame that it did not drive, as if it had stood still until the limit.
     Without that, giving up early would pay. A car that would have found back to the road is still scored too low.
     """
-    count = len(envs)
-    slots, results = [None] * count, []
-    obs = np.zeros((count, SIZE, SIZE, 3), np.uint8)
-    state = (torch.zeros(1, count, HIDDEN), torch.zeros(1, count, HIDDEN))
-    weights = torch.zeros(count, *controllers.shape[1:])
-    z, actions, more = torch.zeros(count, LATENTS), torch.zeros(count, 3), True
+    slots, results, more = [None] * len(envs), [], True
+    obs = np.zeros((SLOTS, SIZE, SIZE, 3), np.uint8)
+    state = (torch.zeros(1, SLOTS, HIDDEN), torch.zeros(1, SLOTS, HIDDEN))
+    weights = torch.zeros(SLOTS, *controllers.shape[1:])
+    z, actions = torch.zeros(SLOTS, LATENTS), torch.zeros(SLOTS, 3)
     chosen = actions.numpy()  # the same memory
     while True:
-        for i in range(count):
+        for i in range(len(envs)):
             if slots[i] is None and more:
                 job = next_job()
                 if job is None:
@@ -393,16 +440,15 @@ def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda c
                 rng = np.random.default_rng([job["seed"], *job.get("noise", ())])
                 slots[i] = {"job": job, "rng": rng, "return": 0.0, "frames": 0, "idle": 0, "noise": np.zeros(3)}
                 slots[i]["kept"] = []
-        busy = [i for i in range(count) if slots[i]]
+        busy = [i for i in range(len(envs)) if slots[i]]
         if not busy:
             return results
-        on_frames(len(busy))
+        on_step(len(busy) * agent.repeat)
         if any(slots[i]["job"]["controller"] is not None for i in busy):
-            mu, logvar = agent.vision.encode(torch.from_numpy(obs[busy]))
-            if sample_z:
-                noise = np.stack([slots[i]["rng"].standard_normal(LATENTS, np.float32) for i in busy])
-                mu = mu + torch.exp(logvar / 2) * torch.from_numpy(noise)
-            z[busy] = mu
+            z, logvar = agent.vision.encode(torch.from_numpy(obs))
+            for i in busy if agent.sample_z else ():
+                noise = slots[i]["rng"].standard_normal(LATENTS, np.float32)
+                z[i] += torch.exp(logvar[i] / 2) * torch.from_numpy(noise)
             wanted = wanted_actions(z, state[0][0], weights)
             actions[:] = squash(wanted)
         for i in busy:
@@ -410,24 +456,32 @@ def drive(envs, agent, controllers, next_job, sample_z=False, on_frames=lambda c
             job = slot["job"]
             if job["controller"] is None or "noise" in job:
                 chosen[i] = explore(slot, None if job["controller"] is None else chosen[i])
-            before = obs[i].copy() if job.get("keep") else None
-            obs[i], reward, terminated, truncated, info = envs[i].step(chosen[i].copy())
-            slot["return"] += reward
-            slot["frames"] += 1
-            slot["idle"] = slot["idle"] + 1 if reward < 0 else 0
+            action, before, earned = chosen[i].copy(), obs[i].copy() if job.get("keep") else None, 0.0
+            for k in range(frames := min(agent.repeat, job["limit"] - slot["frames"])):
+                envs[i].blind = k < frames - 1
+                picture, reward, terminated, truncated, info = envs[i].step(action)
+                earned += reward
+                slot["frames"] += 1
+                slot["idle"] = slot["idle"] + 1 if reward < 0 else 0
+                if terminated or truncated:
+                    break
+            slot["return"] += earned if math.isfinite(action.sum()) else math.nan  # of which the game would say nothing
             if job.get("keep"):
-                own = np.full(3, np.nan) if job["controller"] is None else wanted[i].numpy().copy()
-                slot["kept"].append((before, np.array([*chosen[i], reward, slot["frames"] == 1, terminated, *own])))
+                own = np.full(3, np.nan) if job["controller"] is None else wanted[i].numpy()
+                slot["kept"].append((before, np.array([*action, earned, not slot["kept"], terminated, *own])))
             hopeless = job.get("abort") and slot["idle"] >= PATIENCE and slot["frames"] > GRACE
-            if terminated or truncated or hopeless or slot["frames"] >= job["limit"]:
-                if hopeless and not terminated:
-                    slot["return"] -= 0.1 * (job["limit"] - slot["frames"])
-                result = {"index": job["index"], "return": float(slot["return"]), "frames": slot["frames"]}
-                result["finished"] = bool(info.get("lap_finished", False))
-                if job.get("keep"):
-                    result["pictures"], result["rows"] = (np.stack(part) for part in zip(*slot["kept"], strict=True))
-                results.append(result)
-                slots[i] = None
+            if not (terminated or truncated or hopeless or slot["frames"] >= job["limit"]):
+                obs[i] = picture
+                continue
+            if hopeless and not terminated:
+                slot["return"] -= 0.1 * (job["limit"] - slot["frames"])
+            result = {"index": job["index"], "return": float(slot["return"]), "frames": slot["frames"]}
+            result["finished"] = bool(info.get("lap_finished", False))
+            if job.get("keep"):
+                result["pictures"], result["rows"] = (np.stack(part) for part in zip(*slot["kept"], strict=True))
+            results.append(result)
+            on_result(result)
+            slots[i] = None
         if any(slots):
             _, state = agent.memory(z[None], actions[None], state)
 
@@ -453,8 +507,11 @@ def explore(slot, own):
 ENVIRONMENTS = {"fast": FastCarRacing, "gymnasium": GymnasiumCarRacing}
 
 
-def work(connection, counter, driven):
-    """A worker's life: driving, one batch of environments, whenever the main process asks for it."""
+def work(connection, beats, driven, number):
+    """A worker's life: driving, one batch of environments, whenever the main process asks for it.
+
+    It answers every job that it receives with a result and asks for no more after None.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker dies with the main process
@@ -462,73 +519,133 @@ def work(connection, counter, driven):
     torch.set_grad_enabled(False)
     agent, envs = None, {}
 
-    def next_job():
-        with counter.get_lock():
-            index, counter.value = counter.value, counter.value + 1
-        return jobs[index] if index < len(jobs) else None
+    def on_step(frames):
+        beats[number] = time.monotonic()
+        driven[number] += frames
 
-    def on_frames(count):
-        with driven.get_lock():
-            driven.value += count
-
-    while True:
-        try:
-            world, weights, controllers, jobs, sample_z = connection.recv()
-        except EOFError:
-            return
-        if weights:
-            controller_input = "zh" if weights["controller"].shape[1] > LATENTS + 1 else "z"
-            agent = Agent(controller_input)
-            agent.load_state_dict(weights)
-        slots = SLOTS if world == "fast" else 4
-        if world not in envs:
-            envs[world] = [ENVIRONMENTS[world]() for _ in range(slots)]
-        connection.send(drive(envs[world], agent, controllers, next_job, sample_z, on_frames))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the main process has gone
+        while True:
+            world, settings, weights, controllers = connection.recv()
+            if weights:
+                agent = Agent(*settings)
+                agent.load_state_dict(weights)
+            if world not in envs:
+                envs[world] = [ENVIRONMENTS[world]() for _ in range(SLOTS)]
+            drive(envs[world], agent, controllers, connection.recv, on_step, connection.send)
+            connection.send(None)
 
 
 class Workers:
-    """Driving processes; they share the jobs of a call, and a job's result does not depend on who did it."""
+    """Driving processes, on all ranks; they share the jobs of a call, and a job's result does not depend on who did it.
 
-    def __init__(self, count):
-        context = multiprocessing.get_context("spawn")
-        self.counter, self.driven = context.Value("q", 0), context.Value("q", 0)
-        self.connections, self.processes, self.weights, self.fresh = [], [], None, False
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, self.counter, self.driven), daemon=True)
-            process.start()
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
+    One that dies, or shows no sign of life for `patience` seconds, is replaced, and what it was driving is driven anew.
+    """
+
+    def __init__(self, count, patience=300.0):
+        self.context = multiprocessing.get_context("spawn")
+        self.driven = self.context.RawArray("q", count)  # frames of a call, by worker
+        self.beats = self.context.RawArray("d", [math.inf] * count)  # last signs of life of those that are at work
+        self.patience, self.replaced, self.lost = patience, 0, 0  # lost: replaced on all ranks
+        self.weights = self.settings = None
+        self.connections, self.processes, self.fresh = [None] * count, [None] * count, [True] * count
+        for number in range(count):
+            self.start(number)
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def start(self, number):
+        self.connections[number], theirs = self.context.Pipe()
+        arguments = (theirs, self.beats, self.driven, number)
+        self.processes[number] = self.context.Process(target=work, args=arguments, daemon=True)
+        self.processes[number].start()
+        theirs.close()
+        self.fresh[number] = True
+
+    def replace(self, number):
+        self.beats[number] = math.inf
+        self.processes[number].kill()
+        self.processes[number].join()
+        self.connections[number].close()
+        self.start(number)
+
+    def watch(self):
+        """Kills what hangs; then it is a dead worker like any other, also for one who waits to send to it."""
+        while self.processes:
+            for beat, process in zip(self.beats, list(self.processes), strict=False):
+                if time.monotonic() - beat > self.patience:
+                    process.kill()
+            time.sleep(min(1.0, self.patience / 4))
 
     def load(self, agent):
         """Has the workers drive with this V and M from now on."""
         self.weights = {key: value.detach().cpu().clone() for key, value in agent.state_dict().items()}
-        self.fresh = True
+        self.settings = (agent.controller_input, agent.repeat, agent.sample_z)
+        self.fresh = [True] * len(self.processes)
 
-    def drive(self, controllers, jobs, sample_z=False, world="fast", bar=None):
-        """The results of `drive` for all jobs, in the jobs' order. Their `index` is set here."""
+    def drive(self, controllers, jobs, world="fast", bar=None):
+        """The results of `drive` for all jobs of all ranks, in the jobs' order. Their `index` is set here."""
         for index, job in enumerate(jobs):
             job["index"] = index
-        self.counter.value, self.driven.value, started = 0, 0, time.time()
-        for connection in self.connections:
-            connection.send((world, self.weights if self.fresh else None, controllers, jobs, sample_z))
-        self.fresh, results, waiting = False, [], list(self.connections)
-        while waiting:
-            for connection in multiprocessing.connection.wait(waiting, timeout=2):
-                try:
-                    results += connection.recv()
-                except EOFError as error:
-                    raise RuntimeError("A driving process died.") from error
-                waiting.remove(connection)
+        controllers, to_do, results = gather(controllers)[0], jobs[RANK::RANKS][::-1], []
+        held, told, deaths, started = {}, set(), 0, time.time()  # held: what each one at work has to drive
+        self.driven[:] = [0] * len(self.processes)
+
+        def call(number):
+            held[number] = {}
+            self.beats[number] = time.monotonic() + 600 * self.fresh[number]  # a new one has much to import
+            told.discard(number)
+            weights = self.weights if self.fresh[number] else None
+            self.connections[number].send((world, self.settings, weights, controllers))
+            self.fresh[number] = False
+
+        def hand_out(number):
+            if number in held and number not in told:
+                job = to_do.pop() if to_do else None
+                told.update(() if job else (number,))
+                held[number] |= {job["index"]: job} if job else {}
+                self.connections[number].send(job)
+
+        def hear(number):
+            nonlocal deaths
+            result = self.connections[number].recv()
+            if result is None:
+                del held[number]
+                self.beats[number] = math.inf
+                return
+            job, deaths = held[number].pop(result["index"]), 0
+            if not math.isfinite(result["return"]):
+                raise Fault(f"A rollout's return is {result['return']} (track {job['seed']}).")
+            results.append(result)
+            hand_out(number)
+
+        def attempt(step, number):
+            nonlocal deaths
+            try:
+                step(number)
+            except (EOFError, OSError):  # it died
+                deaths, self.replaced = deaths + 1, self.replaced + 1
+                to_do.extend(held.pop(number, {}).values())
+                self.replace(number)
+                if deaths > 3 * len(self.processes):
+                    raise Fault(f"Driving processes died {deaths} times in a row: is memory short?") from None
+
+        while to_do or held:
+            idle = [number for number in range(len(self.processes)) if number not in held] if to_do else []
+            for step in (call, *SLOTS * (hand_out,)):
+                for number in idle:
+                    attempt(step, number)
+            for connection in multiprocessing.connection.wait([self.connections[n] for n in held], timeout=2):
+                attempt(hear, self.connections.index(connection))
             if bar is not None:
-                bar.set_postfix_str(f"{self.driven.value / (time.time() - started):.0f} frames/s")
-        return sorted(results, key=lambda result: result["index"])
+                bar.set_postfix_str(f"{sum(self.driven) * RANKS / (time.time() - started):.0f} frames/s")
+        parts = gather((results, self.replaced))
+        self.lost = sum(replaced for _, replaced in parts)
+        return sorted(itertools.chain(*(results for results, _ in parts)), key=lambda result: result["index"])
 
     def close(self):
-        for connection, process in zip(self.connections, self.processes, strict=True):
+        processes, self.processes = self.processes, []
+        for connection, process in zip(self.connections, processes, strict=True):
             connection.close()
-            process.terminate()
+            process.kill()
             process.join()
 
 
@@ -651,7 +768,7 @@ def sample_next(memory, hidden, starts, temperature, chance):
     return z, reward, end
 
 
-REWARDS = (-1.0, 7.0)  # range of the rewards that M learns; leaving the lawn costs 100, which would drown the others
+REWARDS = (-1.0, 10.0)  # range of the rewards that M learns; leaving the lawn costs 100, which would drown the others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,6 +776,29 @@ REWARDS = (-1.0, 7.0)  # range of the rewards that M learns; leaving the lawn co
 
 COLUMNS = 9  # action (3), reward, first of its episode, terminated after it, what the controller wanted (3)
 TRAIN_TRACKS, VALIDATION_TRACKS, FOOTAGE_TRACKS = 1_000_000, 900_000_000, 800_000_000  # first seeds; see `check_args`
+
+
+def open_map(path, shape, kind, fill=None):
+    """An array on disk, made where there is none, by rank 0: empty, or by `fill`. Raises UsageError."""
+    if RANK == 0 and not path.exists():
+        array = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here and would be a crash later
+            with open(path.with_suffix(".tmp"), "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        if fill:
+            fill(array)
+        array.flush()
+        os.replace(path.with_suffix(".tmp"), path)
+    gather(None)
+    try:
+        np.load(path, mmap_mode="r")  # which refuses a file that was cut off; "r+" would fill it up with zeros
+        array = np.load(path, mmap_mode="r+")
+        good = (array.shape, array.dtype) == (shape, kind)
+    except Exception as error:  # whatever may be in a file
+        raise UsageError(f"{path} is damaged: type --name to start anew.") from error
+    if not good:
+        raise UsageError(f"{path} is not this run's: type --name to start anew.")
+    return array
 
 
 class Footage:
@@ -670,15 +810,12 @@ class Footage:
 
     def open(self, round_):
         """Makes the maps of all rounds up to this one available, new ones empty."""
-        self.folder.mkdir(exist_ok=True)
-        shapes = {"pictures": ((self.size, SIZE, SIZE, 3), np.uint8), "rows": ((self.size, COLUMNS), np.float32)}
-        while len(self.pictures) < round_:
-            for name, (shape, kind) in shapes.items():
-                path = self.folder / f"{name}-{len(getattr(self, name)) + 1}.npy"
-                # A kill can leave a file without its length; then nothing was in it.
-                if not path.exists() or path.stat().st_size < np.prod(shape) * np.dtype(kind).itemsize:
-                    np.lib.format.open_memmap(path, "w+", kind, shape).flush()
-                getattr(self, name).append(np.load(path, mmap_mode="r+"))
+        if RANK == 0:
+            self.folder.mkdir(exist_ok=True)
+        while len(self.rows) < round_:
+            number = len(self.rows) + 1
+            self.pictures.append(open_map(self.folder / f"pictures-{number}.npy", (self.size, SIZE, SIZE, 3), np.uint8))
+            self.rows.append(open_map(self.folder / f"rows-{number}.npy", (self.size, COLUMNS), np.float32))
 
     def __len__(self):
         return self.size * len(self.pictures)
@@ -692,9 +829,11 @@ class Footage:
         return torch.from_numpy(pictures)
 
     def episodes(self):
-        """First frame and length of every episode, (E, 2), and all rows (N, 9)."""
+        """First frame and length of every episode, (E, 2), and all rows (N, 9). Raises UsageError."""
         rows = np.concatenate(self.rows)
         starts = np.flatnonzero(rows[:, 4])
+        if not np.isfinite(rows[:, :6]).all() or not rows[0, 4]:
+            raise UsageError(f"{self.folder} holds rows that nobody drove: type --name to start anew.")
         return np.stack([starts, np.diff([*starts, len(rows)])], 1), torch.from_numpy(rows)
 
 
@@ -729,20 +868,33 @@ def load_checkpoint(path):
         raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"args", "made_on", "agent", "iteration"} - checkpoint.keys()
+        kinds = {field.name: field.type for field in dataclasses.fields(Args)}
+        whole = all(name in kinds and fits(value, kinds[name]) for name, value in checkpoint["args"].items())
+        whole &= isinstance(checkpoint["made_on"], dict) and isinstance(checkpoint["iteration"], int)
+        whole &= "agent" in checkpoint
     except Exception as error:
         raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
-    known = {field.name for field in dataclasses.fields(Args)}
-    if missing or not checkpoint["args"].keys() <= known:
-        raise UsageError(f"{path} is a checkpoint of another script or version: type another path.")
+    if not whole:
+        raise UsageError(f"{path} is not a checkpoint of this script, or of another version: type another path.")
     return checkpoint
+
+
+def fits(value, kind):
+    """Whether a value has a type of Args: a plain one, a Literal, a tuple of one, or a union of such."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, get_args(kind)[0]) for item in value)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def load_weights(agent, checkpoint, path):
     """Puts a checkpoint's weights into V, M and C. Raises UsageError where they do not fit."""
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} holds other networks than this script's: type another path.") from error
 
 
@@ -807,6 +959,16 @@ class Logger:
                 stream.close()
 
 
+class Silence:
+    """The logger of all ranks but the first: takes everything and writes nothing."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *args, **settings):
+        return self
+
+
 LOG_EVERY = {"vision": 100, "memory": 20}  # minibatches, or a tenth of the stage where that is less
 
 
@@ -819,24 +981,28 @@ class Run:
         self.args, self.folder, self.device = args, folder, device
         self.made_on = describe_setting()
         torch.manual_seed(args.seed)
-        self.agent = Agent(args.controller_input)
+        self.agent = Agent(args.controller_input, args.action_repeat, args.sample_z)
         self.footage = Footage(folder / "data", args.collect_frames)
-        self.iteration, self.optimizer = 0, None
+        self.iteration, self.optimizer, self.saved_optimizer = 0, None, None
         # done: rounds and stages; step: of the stage that is not; frames: driven to search; scores: (frames, score)
         self.state = {"done": [], "step": 0, "frames": 0, "elapsed": 0.0, "best": None, "scores": []}
-        self.state |= {"stage_best": None, "search": None, "collected": 0}
-        self.saved_optimizer = None
+        self.state |= {"stage_best": None, "search": None, "collected": 0, "replaced": 0}
         if checkpoint:
             note_differences(checkpoint["made_on"], self.made_on)
             load_weights(self.agent, checkpoint, folder)
+            if missing := {"optimizer", *self.state} - checkpoint.keys():
+                raise UsageError(f"{folder}/last.pt lacks {min(missing)}: type the folder of a run that can go on.")
             self.iteration, self.saved_optimizer = checkpoint["iteration"], checkpoint["optimizer"]
             self.state = {key: checkpoint[key] for key in self.state}
         self.agent.to(device)
-        self.workers = Workers(args.workers or os.cpu_count() or 1)
-        self.logger, self.tqdm, self.clock = None, tqdm, time.time()
+        self.workers, self.replaced = Workers(args.workers or CORES), self.state["replaced"]
+        self.logger, self.tqdm, self.clock = None, functools.partial(tqdm, disable=RANK > 0), time.time()
 
     def open_logs(self):
-        self.logger = Logger(self.folder, self.args, self.iteration, self.iteration)
+        try:
+            self.logger = Logger(self.folder, self.args, self.iteration, self.iteration) if RANK == 0 else Silence()
+        except (ValueError, LookupError, TypeError) as error:
+            raise UsageError(f"{self.folder}/metrics.jsonl is damaged: move it away to go on without it.") from error
         for frames, score in self.state["scores"]:  # a resumed run's board has lost them
             self.logger.board.add_scalar("score_against_frames", score, frames)
 
@@ -849,7 +1015,9 @@ class Run:
         now = time.time()
         self.state["elapsed"] += now - self.clock
         self.clock = now
+        self.state["replaced"] = self.replaced + self.workers.lost
         scalars = scalars | {"charts/frames": self.state["frames"], "charts/elapsed_seconds": self.state["elapsed"]}
+        scalars["charts/workers_replaced"] = self.state["replaced"]
         self.logger.write(self.iteration, self.iteration, {key: float(value) for key, value in scalars.items()})
         if save:
             self.save()
@@ -859,21 +1027,44 @@ class Run:
         common = {"args": args_to_plain(self.args), "made_on": self.made_on, "iteration": self.iteration}
         return common | {"agent": agent}
 
+    def write(self, contents, name):
+        if RANK == 0:
+            save_atomically(contents, self.folder / name)
+
     def save(self):
         optimizer = self.optimizer.state_dict() if self.optimizer else None
-        save_atomically(self.weights() | self.state | {"optimizer": optimizer}, self.folder / "last.pt")
+        self.write(self.weights() | self.state | {"optimizer": optimizer}, "last.pt")
 
     def save_best(self, score):
         """V, M and C with the best score so far, in the half precision that V and M were rounded to."""
         weights = self.weights() | {"score": score, "frames": self.state["frames"]}
         halves = {k: v if k == "controller" else v.half() for k, v in weights["agent"].items()}
-        save_atomically(weights | {"agent": halves}, self.folder / "best.pt")
+        self.write(weights | {"agent": halves}, "best.pt")
 
     def start_optimizer(self, parameters, lr):
         self.optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=lr)
         if self.saved_optimizer and self.state["step"]:
             self.optimizer.load_state_dict(self.saved_optimizer)
         self.saved_optimizer = None
+
+    def descend(self, losses, most=math.inf):
+        """A step down the gradient of losses[0], summed over the ranks, no longer than `most`. Returns all losses,
+        summed as well. Raises Fault where one is not finite."""
+        self.optimizer.zero_grad()
+        losses[0].backward()
+        parameters, values = self.optimizer.param_groups[0]["params"], torch.stack(losses).detach()
+        if RANKS > 1:
+            together = torch.cat([*(parameter.grad.flatten() for parameter in parameters), values])
+            dist.all_reduce(together)
+            parts = together.split([parameter.numel() for parameter in parameters] + [len(values)])
+            for parameter, part in zip(parameters, parts[:-1], strict=True):
+                parameter.grad.copy_(part.view_as(parameter))
+            values = parts[-1]
+        length = nn.utils.clip_grad_norm_(parameters, most)
+        if not torch.isfinite(length + values.sum()):
+            raise Fault(f"Loss or gradient is not finite (loss {values[0]:.4g}, gradient {length:.4g}).")
+        self.optimizer.step()
+        return values
 
     def end_learning(self, module):
         """Rounds a network to half precision, so that what is driven with is what best.pt holds, bit by bit."""
@@ -896,7 +1087,7 @@ def stage_collect(run, round_):
     controllers = run.agent.controller[None].cpu()
     run.workers.load(run.agent)
     bar = run.bar(round_, "collect", args.collect_frames)
-    batch = 8 * len(run.workers.processes)
+    batch = 32  # episodes at a time
     limit = min(300, args.max_frames) if round_ == 1 else args.max_frames
     while state["step"] < args.collect_frames:
         jobs = []
@@ -907,12 +1098,13 @@ def stage_collect(run, round_):
             if round_ == 1 or episode % 3:
                 job["noise"] = (args.seed * 1000 + round_, 0 if round_ == 1 else episode % 3)
             jobs.append(job)
-        for result in run.workers.drive(controllers, jobs, args.sample_z, bar=bar):
+        for result in run.workers.drive(controllers, jobs, bar=bar):
             # Episodes count one by one, so that the footage does not depend on how many workers there are.
-            room = slice(state["step"], min(state["step"] + result["frames"], args.collect_frames))
+            room = slice(state["step"], min(state["step"] + len(result["rows"]), args.collect_frames))
             size = room.stop - room.start
-            footage.pictures[-1][room], footage.rows[-1][room] = result["pictures"][:size], result["rows"][:size]
-            footage.rows[-1][room, 3] = footage.rows[-1][room, 3].clip(*REWARDS)
+            if RANK == 0:
+                result["rows"][:, 3] = result["rows"][:, 3].clip(*REWARDS)
+                footage.pictures[-1][room], footage.rows[-1][room] = result["pictures"][:size], result["rows"][:size]
             state["step"] += size
             state["collected"] += size > 0
             bar.update(size)
@@ -920,95 +1112,85 @@ def stage_collect(run, round_):
         footage.rows[-1].flush()
         run.save()
     bar.close()
+    gather(None)  # the other ranks learn from what rank 0 has written
     rows = footage.rows[-1]
     run.log({"collect/reward_per_frame": rows[:, 3].mean(), "collect/episodes": rows[:, 4].sum()}, save=False)
     state["collected"] = 0
 
 
-def stage_vision(run, round_):
-    """Fits V to all the footage."""
-    args, state, vision = run.args, run.state, run.agent.vision
-    run.footage.open(round_)
-    run.start_optimizer(vision.parameters(), args.vision_lr)
-    total = args.vision_epochs * len(run.footage) // args.vision_batch
-    bar, sums, every = run.bar(round_, "vision", total), [], min(LOG_EVERY["vision"], total // 10 or 1)
+def learn(run, round_, stage, minibatch, names, most=math.inf):
+    """Fits V or M. `minibatch`, given a numpy generator, returns its losses, or what this rank's share adds to them."""
+    args, state, network = run.args, run.state, getattr(run.agent, stage)
+    total, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
+    run.start_optimizer(network.parameters(), lr)
+    bar, sums, every = run.bar(round_, stage, total), [], min(LOG_EVERY[stage], total // 10 or 1)
     while state["step"] < total:
-        chance = run.randomness(round_, 1, state["step"])
-        run.optimizer.param_groups[0]["lr"] = args.vision_lr * (1 - 0.9 * state["step"] / total)
-        indices = np.sort(chance.integers(len(run.footage), size=args.vision_batch))
-        pictures = run.footage.take(indices).to(run.device)
-        mu, logvar = vision.encode(pictures)
-        decoded = vision.decode(mu + torch.exp(logvar / 2) * torch.randn_like(mu))
-        loss, error, kl = vision_loss(decoded, to_floats(pictures), mu, logvar)
-        run.optimizer.zero_grad()
-        loss.backward()
-        run.optimizer.step()
+        run.optimizer.param_groups[0]["lr"] = lr * (1 - 0.9 * state["step"] / total)
+        sums.append(run.descend(minibatch(run.randomness(round_, STAGES.index(stage), state["step"])), most))
         state["step"] += 1
-        sums.append(torch.stack([loss, error, kl]).detach())
         bar.update()
         if state["step"] % every == 0 or state["step"] == total:
-            loss, error, kl = torch.stack(sums).mean(0).tolist()
+            values = dict(zip(names, torch.stack(sums).mean(0).tolist(), strict=True))
             sums = []
-            bar.set_postfix(error=f"{error:.1f}", KL=f"{kl:.1f}")
-            run.log({"vision/loss": loss, "vision/squared_error": error, "vision/KL": kl})
-            if state["step"] % (10 * every) == 0 or state["step"] == total:
-                pair = np.concatenate([pictures[:8].cpu().numpy(), to_pictures(decoded[:8].detach())])
-                grid = pair.reshape(2, -1, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(2 * SIZE, -1, 3)
-                run.logger.board.add_image("vision/reconstruction", grid, run.iteration, dataformats="HWC")
+            bar.set_postfix({name: f"{values[name]:.3g}" for name in names[1:3]})
+            run.log({f"{stage}/{name}": value for name, value in values.items()})
     bar.close()
-    run.end_learning(vision)
+    run.end_learning(network)
+
+
+def stage_vision(run, round_):
+    """Fits V to all the footage."""
+    args, vision = run.args, run.agent.vision
+    run.footage.open(round_)
+
+    def minibatch(chance):
+        indices = np.sort(chance.integers(len(run.footage), size=args.vision_batch))
+        noise = torch.randn(args.vision_batch, LATENTS)[RANK::RANKS].to(run.device)
+        pictures = run.footage.take(indices[RANK::RANKS]).to(run.device)
+        mu, logvar = vision.encode(pictures)
+        decoded = vision.decode(mu + torch.exp(logvar / 2) * noise)
+        if run.state["step"] % 500 == 0:
+            pair = np.concatenate([pictures[:8].cpu().numpy(), to_pictures(decoded[:8].detach())])
+            grid = pair.reshape(2, -1, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(2 * SIZE, -1, 3)
+            run.logger.board.add_image("vision/reconstruction", grid, run.iteration, dataformats="HWC")
+        share = len(pictures) / args.vision_batch
+        return [share * loss for loss in vision_loss(decoded, to_floats(pictures), mu, logvar)]
+
+    learn(run, round_, "vision", minibatch, ("loss", "squared_error", "KL"))
 
 
 @torch.no_grad()
 def encode_footage(run, round_):
     """Mean and log variance of every frame's latents, float32 (N, 64), as a memory map; made once a round."""
-    path = run.footage.folder / f"latents-{round_}.npy"
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        latents = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(run.footage), 2 * LATENTS))
+
+    def fill(latents):
         for start in run.tqdm(range(0, len(latents), 500), desc=f"round {round_} encode", leave=False):
             part = np.arange(start, min(start + 500, len(latents)))
             latents[part] = torch.cat(run.agent.vision.encode(run.footage.take(part).to(run.device)), 1).cpu().numpy()
-        latents.flush()
-        os.replace(temporary, path)
+
+    path = run.footage.folder / f"latents-{round_}.npy"
+    latents = open_map(path, (len(run.footage), 2 * LATENTS), np.float32, fill)
+    if RANK == 0:
         path.with_name(f"latents-{round_ - 1}.npy").unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+    return latents
 
 
 def stage_memory(run, round_):
     """Fits M to the latents of all the footage, sampled anew in every minibatch."""
-    args, state, memory = run.args, run.state, run.agent.memory
     run.footage.open(round_)
-    latents = encode_footage(run, round_)
-    episodes, rows = run.footage.episodes()
-    run.start_optimizer(memory.parameters(), args.memory_lr)
-    total = args.memory_epochs * len(episodes) // args.memory_batch
-    bar, sums, every = run.bar(round_, "memory", total), [], min(LOG_EVERY["memory"], total // 10 or 1)
-    while state["step"] < total:
-        chance = run.randomness(round_, 2, state["step"])
-        run.optimizer.param_groups[0]["lr"] = args.memory_lr * (1 - 0.9 * state["step"] / total)
-        chosen = episodes[chance.choice(len(episodes), args.memory_batch)]
+    latents, (episodes, rows) = encode_footage(run, round_), run.footage.episodes()
+
+    def minibatch(chance):
+        chosen, mine = episodes[chance.choice(len(episodes), run.args.memory_batch)], slice(RANK, None, RANKS)
         frames = (chosen[:, 0] + np.arange(chosen[:, 1].max())[:, None]).clip(max=len(rows) - 1)  # (T, N)
-        mu, logvar = torch.from_numpy(latents[frames]).to(run.device).chunk(2, -1)
-        z, targets = (mu + torch.exp(logvar / 2) * torch.randn_like(mu) for _ in range(2))
-        table = rows[frames].to(run.device)
-        lengths = torch.from_numpy(chosen[:, 1]).to(run.device)
-        losses = memory_loss(memory, z, targets, table[..., :3], table[..., 3], table[..., 5], lengths)
-        run.optimizer.zero_grad()
-        losses[0].backward()
-        nn.utils.clip_grad_norm_(memory.parameters(), 1.0)
-        run.optimizer.step()
-        state["step"] += 1
-        sums.append(torch.stack(losses).detach())
-        bar.update()
-        if state["step"] % every == 0 or state["step"] == total:
-            names = ("memory/loss", "memory/NLL_per_latent", "memory/reward_error", "memory/end_error")
-            values = torch.stack(sums).mean(0).tolist()
-            sums = []
-            bar.set_postfix(NLL=f"{values[1]:.3f}", reward=f"{values[2]:.3f}")
-            run.log(dict(zip(names, values, strict=True)))
-    bar.close()
-    run.end_learning(memory)
+        mu, logvar = torch.from_numpy(latents[frames[:, mine]]).to(run.device).chunk(2, -1)
+        noise = torch.randn(2, *frames.shape, LATENTS)[:, :, mine].to(run.device)
+        z, targets = mu + torch.exp(logvar / 2) * noise
+        table, lengths = rows[frames[:, mine]].to(run.device), torch.from_numpy(chosen[:, 1]).to(run.device)
+        columns = table[..., :3], table[..., 3], table[..., 5]
+        return memory_loss(run.agent.memory, z, targets, *columns, lengths[mine], lengths)
+
+    learn(run, round_, "memory", minibatch, ("loss", "NLL_per_latent", "reward_error", "end_error"), most=1.0)
 
 
 def translate_controller(run, round_):
@@ -1063,8 +1245,11 @@ def validate(run, controller, bar):
     args = run.args
     seeds = range(VALIDATION_TRACKS, VALIDATION_TRACKS + args.validation_tracks)
     jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
-    returns = [result["return"] for result in run.workers.drive(controller[None], jobs, args.sample_z, bar=bar)]
+    returns = [result["return"] for result in run.workers.drive(controller[None], jobs, bar=bar)]
     return float(np.mean(returns)), float(np.std(returns))
+
+
+DREAMERS = 32  # controllers that dream at a time
 
 
 def stage_controller(run, round_):
@@ -1074,7 +1259,7 @@ def stage_controller(run, round_):
     agent.eval()
     run.workers.load(agent)
     dreamt = args.dream_generations if round_ == 1 and args.controller_input == "zh" else 0
-    shape, total = agent.controller.shape, dreamt + args.generations
+    shape, total = agent.controller.shape, dreamt + (args.first_generations if round_ == 1 else args.generations)
     bar = run.bar(round_, "controller", total)
 
     def candidates(vectors):
@@ -1101,7 +1286,7 @@ def stage_controller(run, round_):
 
     if state["search"] is None:
         mean = translate_controller(run, round_) if round_ > 1 else torch.zeros(shape)
-        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if round_ == 1 else args.sigma / 3)
+        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if round_ == 1 else args.sigma / 2)
         state["stage_best"] = None
         metrics = look(search)
         state["search"] = search.state()
@@ -1111,29 +1296,35 @@ def stage_controller(run, round_):
 
     while state["step"] < total:
         generation, dreaming, started = state["step"], state["step"] < dreamt, time.time()
-        vectors = search.ask()
+        vectors = gather(search.ask())[0]
         if dreaming:
-            torch.set_num_threads(os.cpu_count() or 1)
             z, hidden = dream_starts(run, round_, generation)
-            chance = torch.Generator(run.device).manual_seed(args.seed * 1_000_000 + generation)
-            returns = dream_returns(
-                agent.memory, candidates(vectors), z, hidden, args.dream_steps, args.temperature,
-                args.dream_dropout, chance,
-            ).cpu().double().numpy()  # fmt: skip
+            parts = candidates(vectors).split(DREAMERS)  # of the same size however many ranks there are, for equal bits
+            returns = {
+                number: dream_returns(
+                    agent.memory, parts[number], z, hidden, args.dream_steps, args.temperature, args.dream_dropout,
+                    torch.Generator(run.device).manual_seed(args.seed * 1_000_000 + generation),
+                ).cpu().double().numpy()
+                for number in range(RANK, len(parts), RANKS)
+            }  # fmt: skip
+            returns = functools.reduce(dict.__or__, gather(returns))
+            returns = np.concatenate([returns[number] for number in range(len(parts))])
             rate = args.population * args.dream_starts * args.dream_steps / (time.time() - started)
         else:
-            first = TRAIN_TRACKS + ((round_ - 1) * args.generations + generation - dreamt) * args.tracks
-            seeds = [args.seed * 10_000_000 + first + track for track in range(args.tracks)]
+            first = TRAIN_TRACKS + args.seed * 10_000_000 + round_ * 1_000_000 + (generation - dreamt) * args.tracks
+            seeds = range(first, first + args.tracks)
             jobs = [
                 {"seed": seed, "controller": candidate, "limit": args.max_frames, "abort": True}
                 for seed in seeds
                 for candidate in range(args.population)
             ]
-            results = run.workers.drive(candidates(vectors), jobs, args.sample_z, bar=bar)
+            results = run.workers.drive(candidates(vectors), jobs, bar=bar)
             returns = np.array([result["return"] for result in results]).reshape(args.tracks, -1).mean(0)
             driven = sum(result["frames"] for result in results)
             state["frames"] += driven
             rate = driven / (time.time() - started)
+        if not np.isfinite(returns).all():
+            raise Fault(f"A return of generation {generation} is not finite.")
         search.tell(-returns)
         state["step"] += 1
         bar.update()
@@ -1151,6 +1342,9 @@ def stage_controller(run, round_):
             search = start_search(mean, start["sigma"])
         state["search"] = search.state()
         run.log(metrics)
+        if gather(state["elapsed"])[0] > 3600 * args.hours and state["step"] < total:
+            bar.close()
+            return False
     bar.close()
     agent.controller.copy_(state["stage_best"]["controller"])
     state["search"] = state["stage_best"] = None
@@ -1160,37 +1354,56 @@ STAGE_FUNCTIONS = dict(zip(STAGES[:-1], (stage_collect, stage_vision, stage_memo
 
 
 def train(args, checkpoint=None):
-    """Runs the stages that are not done, round by round; writes runs/<name>/."""
-    folder = args.resume or Path("runs") / (args.name or f"carracing-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not checkpoint and folder.exists():
+    """Runs the stages that are not done, round by round; writes runs/<name>/. Raises Fault."""
+    folder = args.resume or Path("runs") / default_name(args)
+    if not checkpoint and gather(folder.exists())[0]:
         raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
     need = disk_need(args) / 1e9
-    print(f"{folder}: footage of {args.rounds} x {args.collect_frames} frames needs {need:.1f} GB of disk", flush=True)
-    torch.set_num_threads(os.cpu_count() or 1)
+    print(
+        f"{folder}: footage of {args.rounds} x {args.collect_frames} pictures needs {need:.1f} GB of disk", flush=True
+    )
+    torch.set_num_threads(CORES)
     run = Run(args, folder, pick_device(args.device), checkpoint)
+    go_on = f"type --resume {folder} to go on"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = args_to_plain(args)
-        (folder / "config.json").write_text(json.dumps(plain | {"made_on": run.made_on}, indent=2) + "\n")
+        if RANK == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = json.dumps(args_to_plain(args) | {"made_on": run.made_on}, indent=2)
+            (folder / "config.json").write_text(settings + "\n")
         run.open_logs()
         if not checkpoint:
             run.save()
         for round_, stage in still_to_do(args, run.state["done"]):
             if stage not in args.stages:
                 break
-            STAGE_FUNCTIONS[stage](run, round_)
+            if STAGE_FUNCTIONS[stage](run, round_) is False:
+                print(f"{args.hours:g} hours are over: type --resume {folder} --hours {2 * args.hours:g} to search on")
+                break
             run.state["done"].append([round_, stage])
             run.state["step"] = 0
             run.save()
+        gather(None)  # best.pt is written
         if "evaluate" in args.stages:
             evaluate(args, load_checkpoint(folder / "best.pt"), folder, run.workers)
         print(f"done: type --evaluate {folder}/best.pt to drive other tracks, --dream {folder}/best.pt to see it dream")
     except KeyboardInterrupt:
-        print(f"\nstopped; everything up to the last log is saved: type --resume {folder} to go on")
+        print(f"\nstopped; everything up to the last log is saved: {go_on}")
+    except OSError as error:  # a full or vanished disk
+        what = f"{error.filename or folder}: {error.strerror or error}"
+        raise Fault(f"{what}. What was saved before is whole: put that right and {go_on}.") from error
+    except Fault as error:
+        raise Fault(f"{error} What was saved before is whole: {go_on} from there.") from error
     finally:
-        if run.logger:
-            run.logger.close()
+        with contextlib.suppress(OSError):  # of a disk that is full still
+            if run.logger:
+                run.logger.close()
         run.workers.close()
+
+
+def default_name(args):
+    """The run's folder under runs/, the same on all ranks, and after torchrun has started them again."""
+    when = os.environ.get("TORCHELASTIC_RUN_ID", "")[:8] or time.strftime("%Y%m%d-%H%M%S")
+    return args.name or f"carracing-seed{args.seed}-{when}"
 
 
 def pick_device(name):
@@ -1223,13 +1436,12 @@ def summarize(results):
 
 def evaluate(args, checkpoint, folder=None, workers=None):
     """Drives a checkpoint in Gymnasium's own CarRacing-v3; writes evaluation.json and best_lap.mp4."""
-    agent, here = Agent(args.controller_input), describe_setting()
+    agent, here = Agent(args.controller_input, args.action_repeat, args.sample_z), describe_setting()
     load_weights(agent, checkpoint, args.evaluate or folder)
     if folder is None:
         note_differences(checkpoint["made_on"], here)
         folder = Path("runs") / f"{args.evaluate.stem}-carracing-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder.mkdir(parents=True)
-    own = None if workers else Workers(min(args.workers or os.cpu_count() or 1, args.eval_episodes))
+    own = None if workers else Workers(min(args.workers or CORES, args.eval_episodes))
     workers = workers or own
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
     result = here | {"environment": "CarRacing-v3", "checkpoint": str(args.evaluate or folder / "best.pt")}
@@ -1238,7 +1450,7 @@ def evaluate(args, checkpoint, folder=None, workers=None):
         workers.load(agent)
         for world in ("gymnasium", "fast") if args.eval_fast else ("gymnasium",):
             jobs = [{"seed": seed, "controller": 0, "limit": 1000} for seed in seeds]
-            summary = summarize(workers.drive(agent.controller[None], jobs, args.sample_z, world))
+            summary = summarize(workers.drive(agent.controller[None], jobs, world))
             result |= summary if world == "gymnasium" else {"fast": summary}
             name = "CarRacing-v3" if world == "gymnasium" else "FastCarRacing, same tracks"
             score = f"{summary['mean']:.1f} +- {summary['std']:.1f} (standard error {summary['standard_error']:.1f})"
@@ -1246,10 +1458,13 @@ def evaluate(args, checkpoint, folder=None, workers=None):
     finally:
         if own:
             own.close()
+    if RANK > 0:
+        return
     print(f"gymnasium {here['gymnasium']}, box2d {here['box2d']}, seeds {seeds[0]} to {seeds[-1]}")
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     best = seeds[int(np.argmax(result["returns"]))]
-    film_lap(agent, best, args.sample_z, folder / "best_lap.mp4")
+    film_lap(agent, best, folder / "best_lap.mp4")
     print(f"written to {folder}/: evaluation.json, best_lap.mp4 (seed {best})")
 
 
@@ -1280,14 +1495,15 @@ def draw_action(picture, action):
 
 
 @torch.no_grad()
-def film_lap(agent, seed, sample_z, path):
+def film_lap(agent, seed, path):
     """Drives a track once more, to film it: same seed, same controller, same lap."""
     import imageio.v2
 
+    torch.set_num_threads(1)  # as in the workers: to the last bit the same
     jobs = iter([{"index": 0, "seed": seed, "controller": 0, "limit": 1000}])
     with imageio.v2.get_writer(path, fps=25, macro_block_size=2) as video:
         env = Film(video)
-        drive([env], agent, agent.controller[None], lambda: next(jobs, None), sample_z)
+        drive([env], agent, agent.controller[None], lambda: next(jobs, None))
         env.close()
 
 
@@ -1297,18 +1513,18 @@ def film_dream(args, checkpoint):
     import imageio.v2
     import imageio.v3
 
-    agent = Agent(args.controller_input)
+    agent = Agent(args.controller_input, args.action_repeat, args.sample_z)
     load_weights(agent, checkpoint, args.dream)
     note_differences(checkpoint["made_on"], describe_setting())
     folder = Path("runs") / f"{args.dream.stem}-dream-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     jobs = iter([{"index": 0, "seed": args.eval_seed, "controller": 0, "limit": args.max_frames, "keep": True}])
-    (lap,) = drive([FastCarRacing()], agent, agent.controller[None], lambda: next(jobs, None), args.sample_z)
+    (lap,) = drive([FastCarRacing()], agent, agent.controller[None], lambda: next(jobs, None))
     pictures, actions = torch.from_numpy(lap["pictures"]), torch.from_numpy(lap["rows"][:, :3]).float()
     mu = torch.cat([agent.vision.encode(part)[0] for part in pictures.split(100)])
     chance = {"generator": torch.Generator().manual_seed(args.seed)}
     state, dreamt = None, mu[:1]
-    with imageio.v2.get_writer(folder / "dream.mp4", fps=25, macro_block_size=2) as video:
+    with imageio.v2.get_writer(folder / "dream.mp4", fps=50 / args.action_repeat, macro_block_size=2) as video:
         for t in range(len(pictures)):
             awake = t < DREAM_AWAKE or (t - DREAM_AWAKE) % DREAM_LENGTH == 0
             if awake:
@@ -1331,14 +1547,14 @@ def film_dream(args, checkpoint):
     print(f"written to {folder}/: dream.mp4 (reality, what V keeps of it, M's dream) and latents.png (-3 to 3 each)")
 
 
-DREAM_AWAKE, DREAM_LENGTH = 60, 150  # frames of the film before the first dream, and until it wakes up
+DREAM_AWAKE, DREAM_LENGTH = 30, 100  # actions of the film before the first dream, and until it wakes up
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 CALL = ("resume", "evaluate", "dream", "stages", "workers", "eval_fast")  # belong to one call, not to a run
-OPEN = ("device", "rounds", "eval_episodes", "eval_seed", "eval_interval")  # may change on resuming
+OPEN = ("device", "rounds", "generations", "hours", "eval_episodes", "eval_seed", "eval_interval")  # to be changed
 
 
 def args_to_plain(args):
@@ -1359,10 +1575,12 @@ def disk_need(args):
 
 def check_args(args, done=()):
     """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
-    limits = {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "vision_batch", "tracks")}
-    limits |= {name: (1, np.inf) for name in ("memory_batch", "dream_starts", "dream_steps", "validation_tracks")}
-    limits |= {name: (0, np.inf) for name in ("vision_epochs", "memory_epochs", "dream_generations")}
-    limits |= {"seed": (0, 70), "population": (4, np.inf), "generations": (1, np.inf), "max_frames": (60, 1000)}
+    limits = {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "tracks")}
+    limits |= {name: (RANKS, np.inf) for name in ("vision_batch", "memory_batch")}
+    limits |= {name: (1, np.inf) for name in ("dream_starts", "dream_steps", "validation_tracks")}
+    limits |= {name: (0, np.inf) for name in ("vision_steps", "memory_steps", "dream_generations", "hours")}
+    limits |= {name: (1, np.inf) for name in ("first_generations", "generations")}
+    limits |= {"seed": (0, 70), "action_repeat": (1, 10), "population": (4, np.inf), "max_frames": (60, 1000)}
     limits["eval_seed"] = (0, 900_000)  # the tracks to learn on come after
     limits |= {"collect_frames": (100, np.inf), "vision_lr": (0, 1), "memory_lr": (0, 1), "sigma": (1e-6, 10)}
     limits |= {"temperature": (0.01, 10), "dream_dropout": (0, 0.99)} | ({"workers": (1, 1024)} if args.workers else {})
@@ -1392,14 +1610,23 @@ def check_args(args, done=()):
 def parse(argv):
     """The command line as Args, and the checkpoint that is resumed or used, whose settings are the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
+    started = Path("runs") / default_name(args)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (started / "last.pt").exists() and not args.resume:
+        argv, args.resume = [*argv, "--resume", str(started)], started  # torchrun started it again after a fault
     path = args.evaluate or args.dream or (args.resume and args.resume / "last.pt")
     if not path:
         return check_args(tyro.cli(Args, args=argv, default=Args(**QUICK)) if args.quick else args), None
-    checkpoint = load_checkpoint(path)
-    saved = checkpoint["args"]
-    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    try:
+        checkpoint = load_checkpoint(path)
+        default = Args(**checkpoint["args"])
+        saved = args_to_plain(default)
+        args = tyro.cli(Args, args=argv, default=default)
+    except (AttributeError, TypeError, LookupError) as error:  # it has the right keys and wrong contents
+        raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
     changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name not in OPEN]
-    if args.resume and changed:
+    learnt = [name for name in ("action_repeat", "controller_input") if name in changed]
+    if args.resume and changed or learnt:
+        changed = learnt or changed
         flag = changed[0].replace("_", "-")
         raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --name.")
     return check_args(args, checkpoint.get("done", ())), checkpoint
@@ -1411,8 +1638,13 @@ def main():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    code, sentence = 0, None
     try:
         args, checkpoint = parse(sys.argv[1:])
+        if RANKS > 1:
+            join_ranks(pick_device(args.device))
         if args.evaluate:
             evaluate(args, checkpoint)
         elif args.dream:
@@ -1420,10 +1652,16 @@ def main():
         else:
             train(args, checkpoint)
     except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        code, sentence = 2, str(error)
+    except (Fault, OSError) as error:
+        code, sentence = 1, str(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if sentence:  # last, after the bars that the error has closed
+        print(sentence, file=sys.stderr)
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

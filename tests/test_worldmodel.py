@@ -283,12 +283,12 @@ def test_the_controllers_size_has_hansens_defaults():
 
 
 @torch.no_grad()
-def drive(slots, jobs, controllers, agent, **settings):
+def drive(slots, jobs, controllers, agent):
     for index, job in enumerate(jobs):
         job["index"] = index
     waiting = iter(jobs)
     envs = [wm.FastCarRacing() for _ in range(slots)]
-    results = wm.drive(envs, agent, controllers, lambda: next(waiting, None), **settings)
+    results = wm.drive(envs, agent, controllers, lambda: next(waiting, None))
     return sorted(results, key=lambda result: result["index"])
 
 
@@ -296,17 +296,18 @@ def drive(slots, jobs, controllers, agent, **settings):
 def test_rollouts_in_a_batch_are_rollouts_one_by_one(sample_z):
     torch.manual_seed(0)
     agent, controllers = wm.Agent("zh"), torch.randn(3, 3, 289) * 0.2
+    agent.sample_z = sample_z
     jobs = [{"seed": 50 + i, "controller": i % 3, "limit": 40 + 9 * i, "keep": True} for i in range(5)]
     jobs[3]["noise"] = (4, 2)
     if not sample_z:
         jobs[4] |= {"controller": None, "noise": (4, 0), "place": 0.3}
-    alone = drive(1, jobs, controllers, agent, sample_z=sample_z)
-    together = drive(4, jobs, controllers, agent, sample_z=sample_z)
+    alone, together = drive(1, jobs, controllers, agent), drive(4, jobs, controllers, agent)
     assert [result["frames"] for result in alone] == [40, 49, 58, 67, 76]
     for one, other in zip(alone, together, strict=True):
-        assert one["frames"] == other["frames"] and one["return"] == pytest.approx(other["return"], abs=1e-9)
-        np.testing.assert_allclose(one["rows"], other["rows"], atol=1e-3)
-        assert np.abs(one["pictures"].astype(int) - other["pictures"]).max() <= 8
+        assert one["frames"] == other["frames"] and one["return"] == other["return"]  # to the last bit
+        assert len(one["rows"]) == (one["frames"] + 1) // 2  # an action lasts two frames
+        np.testing.assert_array_equal(one["rows"], other["rows"])
+        np.testing.assert_array_equal(one["pictures"], other["pictures"])
     assert len({result["return"] for result in alone}) == 5
 
 
@@ -315,17 +316,17 @@ def test_giving_up_costs_what_standing_still_costs():
     controllers[0, :, -1] = torch.tensor([0.0, -9.0, 0.0])  # no gas
     jobs = [{"seed": 7, "controller": 0, "limit": 150, "abort": abort} for abort in (True, False)]
     aborted, stood = drive(2, jobs, controllers, wm.Agent("zh"))
-    assert aborted["frames"] == wm.GRACE + 1 and stood["frames"] == 150
+    assert aborted["frames"] == wm.GRACE + 2 and stood["frames"] == 150
     assert aborted["return"] == pytest.approx(stood["return"])
 
 
 # --- Whole runs
 
 LEARN = ("collect", "vision", "memory", "controller")
-SMALL = ["--collect-frames", 600, "--vision-epochs", 1, "--vision-batch", 20, "--memory-epochs", 4, "--memory-batch", 3]
-SMALL += ["--population", 6, "--tracks", 1, "--generations", 3, "--dream-generations", 2, "--dream-starts", 2]
-SMALL += ["--dream-steps", 10, "--max-frames", 80, "--validation-tracks", 2, "--eval-interval", 2, "--rounds", 2]
-SMALL += ["--eval-episodes", 2]
+SMALL = ["--collect-frames", 300, "--vision-steps", 30, "--vision-batch", 20, "--memory-steps", 20]
+SMALL += ["--memory-batch", 4, "--population", 6, "--tracks", 1, "--first-generations", 3, "--generations", 3]
+SMALL += ["--dream-generations", 2, "--dream-starts", 2, "--dream-steps", 10, "--max-frames", 80]
+SMALL += ["--validation-tracks", 2, "--eval-interval", 2, "--rounds", 2, "--eval-episodes", 2]
 
 
 def rows_of(folder):
@@ -386,7 +387,7 @@ def test_dreams_are_filmed(whole):
     assert finished.returncode == 0, finished.stderr
     (written,) = (cwd / "runs").glob("best-dream-*")
     film = imageio.v3.imread(written / "dream.mp4")
-    assert film.shape == (80, 320, 960, 3) and film[:, :, :320].std() > 20 and film[70, :, 640:].std() > 5
+    assert film.shape == (40, 320, 960, 3) and film[:, :, :320].std() > 20 and film[38, :, 640:].std() > 5
     assert imageio.v3.imread(written / "latents.png").shape == (16 * 64, 2 * 9 * 64, 3)
 
 
@@ -446,6 +447,7 @@ MISTAKES = {
     "--stages drive": "Invalid choice",
     "--collect-frames 900000000000": "type a smaller --collect-frames",
     "--quick --temperature 0": "--temperature is 0.0",
+    "--action-repeat 0": "--action-repeat is 0: type a number from 1 to 10",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
     "--dream text.pt": "text.pt is not a checkpoint",
     "--evaluate foreign.pt": "foreign.pt is a checkpoint of another script",
@@ -485,5 +487,5 @@ def test_help_explains_every_flag(tmp_path):
 
 def test_what_the_scripts_share_is_the_same_to_the_letter():
     first, second = source(ppo_tuxkart), source(wm)
-    same = {"UsageError", "save_atomically", "note_differences", "Logger", "pick_device"}
+    same = {"UsageError", "save_atomically", "fits", "note_differences", "Logger", "pick_device", "join_ranks"}
     assert {name for name in first if first[name] == second.get(name)} == same
