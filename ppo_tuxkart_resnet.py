@@ -30,7 +30,6 @@ import time
 import types
 import xml.etree.ElementTree
 from collections import Counter, deque
-from multiprocessing import connection
 from pathlib import Path
 from typing import Literal, NamedTuple, Union, get_args, get_origin
 
@@ -1302,24 +1301,21 @@ class Games:
         Of a step: reward, terminated, truncated and info. A lost game's episode is over, truncated where it was, and
         has no info (None).
         """
-        asked, answers = self._asked, {}
-        waiting = {self._pipes[i]: i for i in asked}
-        deciding = all(command == "step" for command, _ in asked.values())
+        answers, deciding = {}, all(command == "step" for command, _ in self._asked.values())
         timeout = self.timeout * (1 if deciding else 60)  # a busy machine takes long to load, and to replay snapshots
-        while waiting:
-            # Twice, because while the whole program was suspended the time ran on.
-            ready = connection.wait(waiting, timeout / 2) or connection.wait(waiting, timeout / 2)
-            for pipe in ready or list(waiting):
-                i = waiting.pop(pipe)
-                try:
-                    fine, answer = pipe.recv() if ready else (False, f"did not answer for {timeout:.0f} s")
-                except (EOFError, OSError):
-                    self.processes[i].join(1)
-                    fine, answer = False, f"ended with exit code {self.processes[i].exitcode}"
-                if fine and asked[i][0] == "step":
-                    self._in_a_row[i] = 0
-                answers[i] = answer if fine else self._replace(i, asked[i], answer)
-        return {i: answers[i] for i in asked}
+        deadline = time.monotonic() + timeout
+        for i, question in self._asked.items():
+            pause = max(1.0, deadline - time.monotonic()) / 2
+            try:  # poll twice, because while the whole program was suspended the time ran on
+                heard = self._pipes[i].poll(pause) or self._pipes[i].poll(pause)
+                fine, answer = self._pipes[i].recv() if heard else (False, f"did not answer for {timeout:.0f} s")
+            except (EOFError, OSError):
+                self.processes[i].join(1)
+                fine, answer = False, f"ended with exit code {self.processes[i].exitcode}"
+            if fine and question[0] == "step":
+                self._in_a_row[i] = 0
+            answers[i] = answer if fine else self._replace(i, question, answer)
+        return answers
 
     def _replace(self, i, question, why):
         """Starts a new game in place of a lost one. Returns its answer to what that was asked."""
