@@ -1,0 +1,84 @@
+"""Every command in the README's bash blocks runs as it stands there, only shorter; and so does its Python."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_worldmodel import SMALL as DREAM
+
+import ppo_tuxkart
+import ppo_tuxkart_resnet
+import worldmodel_carracing
+
+SCRIPTS = (ppo_tuxkart, ppo_tuxkart_resnet, worldmodel_carracing)
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+CI = ["./install.sh", ".venv/bin/pip install -q -r tests/requirements.txt", ".venv/bin/pytest -q tests"]
+
+RACES = ["--eval-episodes", 1]
+LEARN = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 64, "--eval-interval", 2]
+SHORTER = {
+    "ppo_tuxkart.py": LEARN + RACES,
+    "ppo_tuxkart.py --evaluate": RACES,
+    "worldmodel_carracing.py": [*DREAM, "--rounds", 1],
+    "worldmodel_carracing.py --evaluate": RACES,
+    "worldmodel_carracing.py --dream": ["--max-frames", 60],
+    "tests/bench/sampler.py": ["--num-envs", 2, "--steps", 8, "--rounds", 1],
+}
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+def newest_run(cwd):
+    """The name of the newest run with a best.pt, which is what a reader has when the README says <name>."""
+    return max((cwd / "runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime).parent.name
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in CI])
+def test_command(line, cwd):
+    program, *words = shlex.split(line.replace("<name>", newest_run(cwd) if "<name>" in line else ""))
+    here = {".venv/bin/python": [sys.executable], ".venv/bin/torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    script = next(word for word in words if word.endswith(".py"))
+    kind = next((f"{script} {flag}" for flag in ("--evaluate", "--dream") if flag in words), script)
+    words[words.index(script)] = str(ROOT / script)
+    command = [*here[program], *words, *map(str, SHORTER[kind])]
+    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_python(cwd):
+    (block,) = (block for language, block in BLOCKS if language == "python")
+    drive = "\nenv.reset(seed=1)\nprint(env.step(env.action_space.sample())[0].shape)"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    finished = subprocess.run(
+        [sys.executable, "-c", block + drive], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert finished.stdout.strip() == "(6, 64, 64)", finished.stderr
+
+
+def test_the_rest_is_what_ci_runs():
+    assert set(CI) <= set(COMMANDS)
+    assert "./install.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+OTHERS = "help logdir extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-endpoint"  # other programs'
+
+
+def test_what_the_readme_names_exists():
+    """Files, tests (`...` stands for the rest of a name) and flags."""
+    for name in re.findall(r"(?:tests|docs)/[\w./-]*\w", TEXT):
+        assert list(ROOT.glob(f"{name}*")), name
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)", TEXT):
+        assert f"def {name}" in tests, name
+    fields = [field for script in SCRIPTS for field in dataclasses.fields(script.Args)]
+    flags = {field.name.replace("_", "-") for field in fields} | set(OTHERS.split())
+    assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", TEXT)) <= flags
