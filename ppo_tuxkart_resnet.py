@@ -30,8 +30,10 @@ import time
 import types
 import xml.etree.ElementTree
 from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
 
@@ -41,7 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass
@@ -116,10 +118,10 @@ FRAMES = {"impala": 2, "conv2d": 4, "resnet3d": 5, "ec418": 2}
 BASE_CHANNELS = {"impala": 16, "conv2d": 128, "resnet3d": 256, "ec418": 32}
 
 
-def complete(args):
+def complete(args: Args) -> Args:
     """Args with everything filled in that depends on the network."""
     frames = 1 if args.memory == "lstm" else FRAMES[args.network]
-    color = "gray" if args.network in ("conv2d", "ec418") else "rgb"
+    color: Literal["rgb", "gray"] = "gray" if args.network in ("conv2d", "ec418") else "rgb"
     return dataclasses.replace(
         args,
         frame_stack=args.frame_stack or frames,
@@ -152,7 +154,7 @@ ENV_SETTINGS = ("engine", "width", "height", "frame_stack", "step_size", "max_se
 TOP_SPEED = 60.0  # m/s; no kart is faster, so a larger gain is a teleport
 
 
-def engine_version(engine):
+def engine_version(engine: str) -> str | None:
     """Version of the engine's package, or None where it is not installed."""
     try:
         return importlib.metadata.version(ENGINES[engine])
@@ -160,7 +162,7 @@ def engine_version(engine):
         return None
 
 
-def find_engine(engine="auto"):
+def find_engine(engine: str = "auto") -> str:
     """Name of the module to drive the game with, "pystk" or "pystk2". Raises UsageError where there is none."""
     wanted = ENGINES if engine == "auto" else [engine]
     for module in wanted:
@@ -171,7 +173,7 @@ def find_engine(engine="auto"):
     raise UsageError(f"The game's Python package {package} is not installed: type `{hint}`.")
 
 
-def find_assets(engine):
+def find_assets(engine: str) -> tuple[Path, str]:
     """Folder that the engine reads its data from, and the assets' version: (Path, str).
 
     The engine's own assets where it brings some, else Debian's supertuxkart-data through a folder of links in the
@@ -205,7 +207,7 @@ def find_assets(engine):
     return root, versions[0]
 
 
-def race_tracks(assets):
+def race_tracks(assets: Path) -> dict[str, bool]:
     """The race tracks (no arenas, no cut scenes) in an assets folder: {name: whether it can be reversed}."""
     tracks = {}
     for file in sorted((assets / "data" / "tracks").glob("*/track.xml")):
@@ -216,13 +218,13 @@ def race_tracks(assets):
     return tracks
 
 
-def gpu_renders():
+def gpu_renders() -> bool:
     """Whether a GPU driver is there to draw the game; otherwise Mesa draws on the CPU."""
     nodes = [*Path("/dev/dri").glob("renderD*"), *Path("/dev").glob("nvidiactl")]
     return sys.platform != "linux" or any(os.access(node, os.R_OK | os.W_OK) for node in nodes)
 
 
-def load_engine(engine):
+def load_engine(engine: str) -> types.ModuleType:
     """Imports the engine and prepares this process for it. Returns the module."""
     if not gpu_renders():
         # Mesa filters anisotropically in a loop on the CPU: single frames took up to 71 s. Its threads gain nothing.
@@ -239,7 +241,7 @@ def load_engine(engine):
     assets, _ = find_assets(engine)
     if engine == "pystk":
         sys.modules["pystk_data"] = types.ModuleType("pystk_data")  # where pystk asks for its assets
-        sys.modules["pystk_data"].data_dir = str(assets)
+        vars(sys.modules["pystk_data"])["data_dir"] = str(assets)
     return importlib.import_module(engine)
 
 
@@ -256,33 +258,33 @@ class Controls(NamedTuple):
     speed: float = 0.0  # what it asks for, as a share of the fastest
 
 
-def govern(target, speed):
+def govern(target: float, speed: float) -> tuple[float, bool]:
     """Acceleration and brake that hold a target speed, both in m/s."""
     return min(max((target - speed) / 2, 0.0), 1.0), speed > target + 2
 
 
-def drive_controls(action, speed, speeds):
+def drive_controls(action: list[int], speed: float, speeds: tuple[float, ...]) -> Controls:
     """Steer in five positions, gas, coast or brake, drift, nitro."""
     steer, pedal, drift, nitro = action
     gas = float(pedal == 0)
     return Controls(steer / 2 - 1, gas, pedal == 2, bool(drift), bool(nitro), speed=gas)
 
 
-def ec418_controls(action, speed, speeds):
+def ec418_controls(action: list[int], speed: float, speeds: tuple[float, ...]) -> Controls:
     """EC418's four bits, the highest first: left, right, fast (25 m/s, else 5), drift; left and right is nitro."""
     left, right, fast, drift = (bool(action[0] >> bit & 1) for bit in (3, 2, 1, 0))
     acceleration, brake = govern(25.0 if fast else 5.0, speed)
     return Controls(float(right) - float(left), acceleration, brake, drift, left and right, speed=1.0 if fast else 0.2)
 
 
-def tuxkart_controls(action, speed, speeds):
+def tuxkart_controls(action: list[int], speed: float, speeds: tuple[float, ...]) -> Controls:
     """tuxkart-ai's: acceleration, brake, steer, fire, drift, nitro, and the rescue where there is one."""
     acceleration, brake, steer, fire, drift, nitro, *rescue = action
-    buttons = (bool(button) for button in (brake, drift, nitro, fire, rescue == [1]))
+    buttons = bool(brake), bool(drift), bool(nitro), bool(fire), rescue == [1]
     return Controls(steer - 1.0, float(acceleration), *buttons, speed=float(acceleration))
 
 
-def deepracer_controls(action, speed, speeds):
+def deepracer_controls(action: list[int], speed: float, speeds: tuple[float, ...]) -> Controls:
     """DeepRacer's: one of seven steering angles, 30 degrees left to 30 right, with one of the speeds."""
     angle, pace = divmod(action[0], len(speeds))
     acceleration, brake = govern(speeds[pace], speed)
@@ -291,7 +293,8 @@ def deepracer_controls(action, speed, speeds):
 
 
 FULL_LOCK = 30  # degrees, as DeepRacer has it
-ACTIONS = {  # name: the dimensions' names and sizes (None: the number of speeds times 7), and the controls
+# name: the dimensions' names and sizes (None: the number of speeds times 7), and the controls
+ACTIONS: dict[str, tuple[dict[str, int | None], Callable[..., Controls]]] = {
     "drive": ({"steer": 5, "pedal": 3, "drift": 2, "nitro": 2}, drive_controls),
     "ec418": ({"code": 16}, ec418_controls),
     "tuxkart": ({"acceleration": 2, "brake": 2, "steer": 3, "fire": 2, "drift": 2, "nitro": 2}, tuxkart_controls),
@@ -300,7 +303,7 @@ ACTIONS = {  # name: the dimensions' names and sizes (None: the number of speeds
 ACTIONS["tuxkart_rescue"] = (ACTIONS["tuxkart"][0] | {"rescue": 2}, tuxkart_controls)
 
 
-def action_sizes(actions, speeds):
+def action_sizes(actions: str, speeds: tuple[float, ...]) -> dict[str, int]:
     """Number of choices in each dimension of an action set, by the dimension's name."""
     return {name: size or 7 * len(speeds) for name, size in ACTIONS[actions][0].items()}
 
@@ -321,7 +324,7 @@ class Moment(NamedTuple):
     events: tuple = ()  # what began with this decision: powerup, use, nitro, drift, jump, rescue
 
 
-def progress_reward(moment):
+def progress_reward(moment: Moment) -> float:
     """A tenth of the metres gained, less half a point a second, +25 for the finish, -3 for failing.
 
     The sum of the gains over a lap is the same for every lap, so of two finished laps the faster one earns more. The
@@ -331,38 +334,38 @@ def progress_reward(moment):
     return 0.1 * moment.gain - 0.5 * moment.seconds + 25.0 * moment.finished - 3.0 * moment.failed
 
 
-def centerline_reward(moment):
+def centerline_reward(moment: Moment) -> float:
     """DeepRacer's "follow the center line"."""
     share = abs(moment.offset) / moment.width
     return 1.0 if share <= 0.1 else 0.5 if share <= 0.25 else 0.1 if share <= 0.5 else 1e-3
 
 
-def borders_reward(moment):
+def borders_reward(moment: Moment) -> float:
     """DeepRacer's "stay inside the two borders"."""
     return 1.0 if 0.5 * moment.width - abs(moment.offset) >= 0.05 else 1e-3
 
 
-def zigzag_reward(moment):
+def zigzag_reward(moment: Moment) -> float:
     """DeepRacer's "prevent zig-zag"."""
     return centerline_reward(moment) * (0.8 if abs(moment.steering) > 15.0 else 1.0)
 
 
-def heading_reward(moment):
+def heading_reward(moment: Moment) -> float:
     """DeepRacer's example for the heading: half where it is more than 10 degrees from the track's."""
     return 0.5 if abs(moment.heading) > 10.0 else 1.0
 
 
-def speed_reward(moment):
+def speed_reward(moment: Moment) -> float:
     """DeepRacer's example for the speed: half below 1 m/s of its 4, next to nothing off the track."""
     return 1e-3 if abs(moment.offset) > 0.5 * moment.width else 0.5 if moment.speed < 0.25 else 1.0
 
 
-def ec418_reward(moment):
+def ec418_reward(moment: Moment) -> float:
     """EC418's metres gained within 6 m of the middle, without its cap of 5 m/s and its pay for standing still."""
     return 0.1 * max(moment.gain, 0.0) * (abs(moment.offset) < 6.0)
 
 
-def tuxkart_reward(moment):
+def tuxkart_reward(moment: Moment) -> float:
     """tuxkart-ai's shaped sum. It paid for every step of a drift or with a powerup; this pays when one begins."""
     prices = {"powerup": 3.0, "use": 1.0, "nitro": 3.0, "drift": 3.0, "jump": -3.0, "rescue": -5.0}
     return moment.gain + 10.0 * moment.finished + 5.0 * moment.places + sum(prices[event] for event in moment.events)
@@ -380,7 +383,7 @@ REWARDS = {
 }
 
 
-def parse_reward(parts):
+def parse_reward(parts: tuple[str, ...]) -> dict[str, float]:
     """("progress:1", "zigzag:0.1") as {"progress": 1.0, "zigzag": 0.1}; a weight left out is 1. Raises UsageError."""
     weights = {}
     for part in parts:
@@ -401,7 +404,7 @@ class TrackGeometry:
     starts, ends: (S, 3), x and z on the ground, y up. widths: (S,). distances: (S, 2), along the track, of both ends.
     """
 
-    def __init__(self, nodes, widths, distances, length):
+    def __init__(self, nodes: np.ndarray, widths: np.ndarray, distances: np.ndarray, length: float) -> None:
         nodes = np.asarray(nodes, np.float64)  # (S, 2, 3)
         self.starts, self.ends = nodes[:, 0], nodes[:, 1]
         self.widths = np.asarray(widths, np.float64).reshape(-1)
@@ -413,7 +416,7 @@ class TrackGeometry:
         rows = self.starts, self.vectors, self.vectors / squares[:, None]
         self._starts, self._vectors, self._shares = (np.ascontiguousarray(values.T) for values in rows)  # (3, S)
 
-    def locate(self, point):
+    def locate(self, point: Sequence[float]) -> tuple[float, float, float, float]:
         """Nearest place on the centre line. point: (3,).
 
         Returns distance down the track in [0, length), signed lateral offset (right is positive), track heading and
@@ -429,7 +432,7 @@ class TrackGeometry:
         offset = math.copysign(math.hypot(x, z), x * math.cos(heading) - z * math.sin(heading))
         return (begin + share * (end - begin)) % self.length, offset, heading, float(self.widths[nearest])
 
-    def gain(self, before, after):
+    def gain(self, before: float, after: float) -> float:
         """Metres gained between two distances down the track, the shorter way round, in [-length/2, length/2)."""
         return (after - before + self.length / 2) % self.length - self.length / 2
 
@@ -454,12 +457,16 @@ class TuxKartEnv(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
     _process_is_busy, _started, _loads = False, None, 0  # this process's game: in use, which one, loads since its start
+    observation_space: gym.spaces.Box
+    action_space: gym.spaces.MultiDiscrete
 
     def __init__(
-        self, track="scotland", engine="auto", width=64, height=64, frame_stack=2, step_size=0.15, random_start=0.0,
-        max_seconds=150.0, laps=1, difficulty=2, kart="tux", reverse=False, num_karts=1, reward=("progress",),
-        actions="drive", speeds=(8.0, 16.0, 24.0), speed_cap=None, driver="agent", render_mode=None,
-    ):  # fmt: skip
+        self, track: str = "scotland", engine: str = "auto", width: int = 64, height: int = 64, frame_stack: int = 2,
+        step_size: float = 0.15, random_start: float = 0.0, max_seconds: float = 150.0, laps: int = 1,
+        difficulty: int = 2, kart: str = "tux", reverse: bool = False, num_karts: int = 1,
+        reward: tuple[str, ...] = ("progress",), actions: str = "drive", speeds: tuple[float, ...] = (8.0, 16.0, 24.0),
+        speed_cap: float | None = None, driver: str = "agent", render_mode: str | None = None,
+    ) -> None:  # fmt: skip
         self.track, self.engine, self.size = track, find_engine(engine), (width, height)
         self.step_size, self.random_start, self.max_seconds = step_size, random_start, max_seconds
         self.laps, self.difficulty, self.kart, self.reverse = laps, difficulty, kart, reverse
@@ -469,10 +476,12 @@ class TuxKartEnv(gym.Env):
         self.frame_stack = frame_stack
         self.observation_space = gym.spaces.Box(0, 255, (3 * frame_stack, height, width), np.uint8)
         self.action_space = gym.spaces.MultiDiscrete(list(action_sizes(actions, speeds).values()))
-        self.substeps, self.on_frame = 1, None  # a film draws several pictures a decision
-        self._stk = self._race = None
+        self.substeps = 1  # a film draws several pictures a decision
+        self.on_frame: Callable | None = None
+        self._stk: Any = None
+        self._race: Any = None
 
-    def _boot(self):
+    def _boot(self) -> None:
         """Starts the engine, once in a process."""
         if TuxKartEnv._process_is_busy:
             raise RuntimeError("One game runs per process: close the other TuxKartEnv, or use AsyncVectorEnv.")
@@ -495,7 +504,7 @@ class TuxKartEnv(gym.Env):
         _, self._set_clock, self._seed_scenery = functions
         self._world = stk.WorldState()
 
-    def _load_race(self):
+    def _load_race(self) -> None:
         """Loads the track; everything in the game is new after it, the camera too."""
         stk = self._stk
         self._unload_race()
@@ -517,12 +526,12 @@ class TuxKartEnv(gym.Env):
         track.update()
         self.geometry = TrackGeometry(track.path_nodes, track.path_width, track.path_distance, track.length)
 
-    def _unload_race(self):
+    def _unload_race(self) -> None:
         if self._race is not None:
             self._race.stop()
             self._race = None  # the engine allows one race at a time
 
-    def reset(self, seed=None, options=None):
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         if self._stk is None:
             self._boot()
@@ -530,7 +539,7 @@ class TuxKartEnv(gym.Env):
         self.in_race = bool(options.get("race"))
         if self._race is None or seed is not None or self.driver == "ai":  # a restart would take the wheel from the AI
             self._load_race()
-            self._history = []
+            self._history: list[dict] = []
         else:
             self._race.restart()
         self._history.append({"rng": self.np_random.bit_generator.state, "options": options, "actions": []})
@@ -555,12 +564,13 @@ class TuxKartEnv(gym.Env):
         self._limit = self.max_seconds if self._from_line else min(self.max_seconds, RANDOM_START_SECONDS)
         self._start, self._progress, self._best, self._best_at = seconds, 0.0, 0.0, seconds
         self._off_track_m = self._off_track_seconds = 0.0
-        self._parts, self._place_now, self._going_on = dict.fromkeys(self.reward_weights, 0.0), self.position, set()
-        self._speed, self.trail = 0.0, []
+        self._parts, self._place_now, self._speed = dict.fromkeys(self.reward_weights, 0.0), self.position, 0.0
+        self._going_on: set[str] = set()
+        self.trail: list[tuple] = []
         self._frames = np.repeat(self._picture()[None], self.frame_stack, 0)  # (K, 3, H, W)
         return self.observation(), {}
 
-    def step(self, action):
+    def step(self, action: Iterable[int]) -> tuple[np.ndarray, float, bool, bool, dict]:
         if self._race is None:
             raise gym.error.ResetNeeded("Call reset before step.")
         before = self._world.time
@@ -605,13 +615,13 @@ class TuxKartEnv(gym.Env):
         info = self._final_info(end or "time limit") if terminated or truncated else {}
         return self.observation(), reward, terminated, truncated, info
 
-    def _pay(self, moment):
+    def _pay(self, moment: Moment) -> float:
         """The reward of a moment, each of its parts added to the episode's."""
         parts = {name: weight * REWARDS[name](moment) for name, weight in self.reward_weights.items()}
         self._parts = {name: self._parts[name] + part for name, part in parts.items()}
         return sum(parts.values())
 
-    def _final_info(self, end):
+    def _final_info(self, end: str) -> dict:
         finished = end == "finished"
         return {
             "lap_time": self._kart.finish_time + self._handicap if finished else float("nan"),
@@ -627,7 +637,7 @@ class TuxKartEnv(gym.Env):
             **({"snapshot": self.snapshot, "trail": self.trail} if self.in_race else {}),
         } | {f"reward/{name}": total for name, total in self._parts.items()}
 
-    def _events(self, controls):
+    def _events(self, controls: Controls) -> tuple[str, ...]:
         """What began with this decision, of what `tuxkart_reward` pays for."""
         kart, nitro = self._kart, ("NITRO_BIG", "NITRO_SMALL")
         items = [item.location for item in self._world.items if item.type.name in nitro]
@@ -639,7 +649,7 @@ class TuxKartEnv(gym.Env):
         return begun
 
     @property
-    def position(self):
+    def position(self) -> int:
         """Place in the race, 1 for the first."""
         if self.num_karts == 1:
             return 1
@@ -647,34 +657,34 @@ class TuxKartEnv(gym.Env):
         return 1 + sum(rank > ranks[self.num_karts - 1] for rank in ranks)
 
     @property
-    def location(self):
+    def location(self) -> tuple[float, ...]:
         """Where the kart is: (x, y, z) in metres, y up."""
         return tuple(float(value) for value in self._kart.location)
 
     @property
-    def _kart(self):
+    def _kart(self) -> Any:
         return self._world.karts[self.num_karts - 1]  # the game puts its own karts first
 
-    def _heading(self):
+    def _heading(self) -> float:
         """Where the kart's front points, radians from +z towards +x."""
         front, location = self._kart.front, self._kart.location
         return math.atan2(front[0] - location[0], front[2] - location[2])
 
-    def observation(self):
+    def observation(self) -> np.ndarray:
         """The stacked pictures, uint8 (3 * frame_stack, height, width)."""
         return self._frames.reshape(self.observation_space.shape)
 
-    def render(self):
+    def render(self) -> np.ndarray:
         return self._frames[-1].transpose(1, 2, 0)
 
-    def close(self):
+    def close(self) -> None:
         if self._stk is not None:
             self._unload_race()
             self._stk = None
             TuxKartEnv._process_is_busy = False  # the game stays, for the next one
 
     @property
-    def snapshot(self):
+    def snapshot(self) -> dict:
         """How this environment came here, small enough for a checkpoint; assigning it to another one, whose process is
         new, drives that to the same place.
 
@@ -685,7 +695,7 @@ class TuxKartEnv(gym.Env):
         return {"loads": self._loads, "episodes": self._history}
 
     @snapshot.setter
-    def snapshot(self, saved):
+    def snapshot(self, saved: dict) -> None:
         if self._stk is None:
             self._boot()
         super().reset(seed=0)
@@ -698,13 +708,13 @@ class TuxKartEnv(gym.Env):
             for action in episode["actions"]:
                 self.step(action)
 
-    def _drive(self, action):
+    def _drive(self, action: list[int]) -> Controls:
         """Holds the controls of an action for one decision. Returns them."""
         controls = self._controls(action, self._speed, self.speeds)
         if self.speed_cap is not None:
             acceleration, brake = govern(self.speed_cap, self._speed)
-            slowed = {"acceleration": min(acceleration, controls.acceleration), "brake": brake or controls.brake}
-            controls = controls._replace(nitro=False, **slowed)
+            acceleration, brake = min(acceleration, controls.acceleration), brake or controls.brake
+            controls = controls._replace(nitro=False, acceleration=acceleration, brake=brake)
         pressed = self._stk.Action()
         for name in ("steer", "acceleration", "brake", "drift", "nitro", "fire", "rescue"):
             setattr(pressed, name, getattr(controls, name))
@@ -715,29 +725,29 @@ class TuxKartEnv(gym.Env):
                 self.on_frame(self._race.render_data[0].image)
         return controls
 
-    def _step(self, control):
+    def _step(self, control: Any) -> None:
         self._set_clock(int(1000 * self._world.time))
         self._race.step(control) if control and self.driver == "agent" else self._race.step()
         self._world.update()
 
-    def _hold(self, seconds):
+    def _hold(self, seconds: float) -> None:
         """Lets game time pass without touching the controls, in one step and one picture."""
         self._race.config.step_size = seconds
         self._step(self._stk.Action())
 
-    def _picture(self):
+    def _picture(self) -> np.ndarray:
         """The newest picture, uint8 (3, height, width). A copy: the engine reuses its buffer."""
         if self.driver == "ai":
             return np.zeros((3, *self.size[::-1]), np.uint8)
         return np.ascontiguousarray(np.asarray(self._race.render_data[0].image).transpose(2, 0, 1))
 
-    def _place(self, location, heading):
+    def _place(self, location: Iterable[float], heading: float) -> None:
         """Puts the kart down at a location, facing `heading`, radians from +z towards +x."""
         rotation = (0.0, float(np.sin(heading / 2)), 0.0, float(np.cos(heading / 2)))  # x, y, z, w
         location = tuple(float(value) for value in location)
         self._stk.WorldState.set_kart_location(self.num_karts - 1, location, rotation, 0.0)
 
-    def _disturb_start(self, location, heading):
+    def _disturb_start(self, location: Iterable[float], heading: float) -> None:
         """Moves the kart aside, turns it and holds it back, by amounts drawn from the seed."""
         aside, askew = self.np_random.uniform(-2.0, 2.0), np.radians(self.np_random.uniform(-10.0, 10.0))
         delay = 0.05 * int(self.np_random.integers(5))
@@ -749,7 +759,7 @@ class TuxKartEnv(gym.Env):
         elif delay:
             self._hold(delay)
 
-    def _start_anywhere(self):
+    def _start_anywhere(self) -> None:
         """Places the kart on a random path node, roughly facing along it, and lets it drop and the camera follow."""
         for _ in range(5):
             geometry, node = self.geometry, int(self.np_random.integers(len(self.geometry.starts)))
@@ -772,19 +782,19 @@ class PictureEnv(TuxKartEnv):
     line ends as finished ones do, with `info["end"]` "finish line". Evaluation races go to the real finish.
     """
 
-    def __init__(self, color="rgb", info_picture=False, **settings):
+    def __init__(self, color: str = "rgb", info_picture: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
         self.color, self.info_picture, self.finish_line = color, info_picture, 1.0
         channels = self.frame_stack * (3 if color == "rgb" else 1) + info_picture
         self.observation_space = gym.spaces.Box(0, 255, (channels, *self.size[::-1]), np.uint8)
 
-    def observation(self):
+    def observation(self) -> np.ndarray:
         if self.color == "rgb":
             return super().observation()
         pictures = np.einsum("kchw,c->khw", self._frames, [0.299, 0.587, 0.114]).round().astype(np.uint8)
         return np.concatenate([self._info_picture()[None], pictures]) if self.info_picture else pictures
 
-    def _info_picture(self):
+    def _info_picture(self) -> np.ndarray:
         kart = self._kart
         powerup, attachment = kart.powerup.type, kart.attachment.type
         place = (self.position - 1) / self.num_karts
@@ -794,7 +804,7 @@ class PictureEnv(TuxKartEnv):
         bands = np.repeat(shares, [len(rows) for rows in np.array_split(np.arange(height), 4)])
         return np.repeat((255 * bands).round().astype(np.uint8)[:, None], width, 1)
 
-    def step(self, action):
+    def step(self, action: Iterable[int]) -> tuple[np.ndarray, float, bool, bool, dict]:
         observation, reward, terminated, truncated, info = super().step(action)
         reached = self._from_line and not self.in_race and self._progress >= self.finish_line * self._distance
         if reached and not terminated and self.finish_line < 1:
@@ -804,20 +814,20 @@ class PictureEnv(TuxKartEnv):
 
 
 if "TuxKart-v0" not in gym.registry:
-    gym.register("TuxKart-v0", entry_point=TuxKartEnv)
+    gym.register("TuxKart-v0", entry_point=TuxKartEnv)  # type: ignore[arg-type]  # hinted to take any keyword
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network and PPO
 
 
-def orthogonal(layer, gain):
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
+def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
+    nn.init.orthogonal_(layer.get_parameter("weight"), gain)
+    nn.init.zeros_(layer.get_parameter("bias"))
     return layer
 
 
-def initialized(module, gain=1.0):
+def initialized(module: nn.Sequential, gain: float = 1.0) -> nn.Sequential:
     """A module whose convolutions are orthogonal with zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Conv3d):
@@ -830,7 +840,7 @@ def initialized(module, gain=1.0):
 class Residual2d(nn.Module):
     """tuxkart-ai's 2D residual: two convolutions, the second undoing the first one's extra row; no activation after."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(channels, channels, 4, stride=1, padding=2),
@@ -841,11 +851,11 @@ class Residual2d(nn.Module):
             nn.BatchNorm2d(channels),
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
 
 
-def conv2d_network(shape, channels, frames):
+def conv2d_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
     """tuxkart-ai's 2D network. shape: (C, H, W). Returns trunk and a function that makes a head of n outputs."""
     trunk = nn.Sequential(
         nn.Conv2d(shape[0], channels, 10, stride=4, padding=1),
@@ -859,7 +869,7 @@ def conv2d_network(shape, channels, frames):
     )
     size = output_shape(trunk, shape)[1:].numel()
 
-    def head(outputs, gain):
+    def head(outputs: int, gain: float) -> nn.Module:
         layers = [nn.Conv2d(channels, 1, 3, padding=1), nn.Tanh(), nn.Flatten()]
         return initialized(nn.Sequential(*layers, orthogonal(nn.Linear(size, outputs), gain)))
 
@@ -869,41 +879,41 @@ def conv2d_network(shape, channels, frames):
 class ConvBlock3d(nn.Module):
     """BN(ReLU(conv x))."""
 
-    def __init__(self, inputs, outputs, stride=1, padding=1):
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, padding: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=padding)
         self.norm = nn.BatchNorm3d(outputs)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(F.relu(self.conv(x)))
 
 
 class ResBlock3d(nn.Module):
     """BN(ReLU(conv(BN(ReLU(conv x)))) + x)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm3d(channels)
         self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm3d(channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm2(F.relu(self.conv2(self.norm1(F.relu(self.conv1(x))))) + x)
 
 
 class Volume(nn.Module):
     """(B, C T, H, W), the oldest picture first, as (B, C, T, H, W)."""
 
-    def __init__(self, frames):
+    def __init__(self, frames: int) -> None:
         super().__init__()
         self.frames = frames
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (self.frames, -1)).transpose(1, 2)
 
 
-def resnet3d_network(shape, channels, frames):
+def resnet3d_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
     """tuxkart-ai's 3D ResNet. shape: (C T, H, W). Returns trunk and a function that makes a head of n outputs."""
     trunk = nn.Sequential(
         Volume(frames),
@@ -914,7 +924,7 @@ def resnet3d_network(shape, channels, frames):
     )
     size = output_shape(trunk, shape)[1:].numel()
 
-    def head(outputs, gain):
+    def head(outputs: int, gain: float) -> nn.Module:
         middle = max(channels // 4, 1)
         blocks = [ConvBlock3d(channels, middle), nn.ReLU(), ConvBlock3d(middle, 1)]  # the actor's
         if outputs == 1:  # the critic's
@@ -927,16 +937,16 @@ def resnet3d_network(shape, channels, frames):
 class Residual(nn.Module):
     """IMPALA's residual: two convolutions, each after a ReLU."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
-def impala_network(shape, channels, frames):
+def impala_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
     """IMPALA's 15 layers (figure 3, right). shape: (C, H, W). Returns trunk and a function that makes a head."""
     layers, inputs = [], shape[0]
     for outputs in (channels, 2 * channels, 2 * channels):
@@ -949,10 +959,10 @@ def impala_network(shape, channels, frames):
     return trunk, lambda outputs, gain: orthogonal(nn.Linear(HIDDEN, outputs), gain)
 
 
-def ec418_network(shape, channels, frames):
+def ec418_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
     """EC418's actor and critic: two networks that share nothing. shape: (C, H, W). Returns trunk and head."""
 
-    def head(outputs, gain):
+    def head(outputs: int, gain: float) -> nn.Module:
         layers = [nn.BatchNorm2d(shape[0]), nn.Conv2d(shape[0], channels, 8, stride=4), nn.ReLU()]
         layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2), nn.ReLU()]
         layers += [nn.Conv2d(2 * channels, 2 * channels, 3, stride=1), nn.ReLU(), nn.Flatten()]
@@ -968,13 +978,13 @@ NETWORKS = {"impala": impala_network, "conv2d": conv2d_network, "resnet3d": resn
 HIDDEN = 256  # features of impala, and its LSTM's units
 
 
-def output_shape(module, shape):
+def output_shape(module: nn.Module, shape: Sequence[int]) -> torch.Size:
     """Shape of a module's output for one input of a shape, without the batch's dimension."""
     training = module.training
     with torch.no_grad():
-        shape = module.eval()(torch.zeros(1, *shape)).shape[1:]
+        output = module.eval()(torch.zeros(1, *shape))
     module.train(training)
-    return shape
+    return output.shape[1:]
 
 
 class Agent(nn.Module):
@@ -987,21 +997,25 @@ class Agent(nn.Module):
     network; `refresh_batch_norm` moves them between updates.
     """
 
-    def __init__(self, observation_shape, nvec, name, base_channels, frame_stack, memory):
+    def __init__(
+        self, observation_shape: Sequence[int], nvec: Sequence[int], name: str, base_channels: int, frame_stack: int,
+        memory: str,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.nvec, self.epsilon, self.amp = [int(n) for n in nvec], 0.0, None
+        self.nvec, self.epsilon = [int(n) for n in nvec], 0.0
+        self.amp: torch.dtype | None = None
         self.trunk, head = NETWORKS[name](observation_shape, base_channels, frame_stack)
         self.lstm = nn.LSTMCell(HIDDEN, HIDDEN) if memory == "lstm" else None
         self.policy, self.value = head(sum(self.nvec), 0.01), head(1, 1.0)
         self.format = torch.contiguous_format if name == "resnet3d" else torch.channels_last
-        self.to(memory_format=self.format)
+        self.to(memory_format=self.format)  # type: ignore[call-overload]  # torch's hints lack it
         self.eval()
 
     @property
-    def state_size(self):
+    def state_size(self) -> int:
         return 2 * HIDDEN if self.lstm else 0
 
-    def forward(self, obs, state, starts):
+    def forward(self, obs: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pictures = obs.float().div_(255.0).contiguous(memory_format=self.format)
         with torch.autocast("cuda" if obs.is_cuda else "cpu", self.amp or torch.bfloat16, enabled=self.amp is not None):
             features = self.trunk(pictures)
@@ -1017,9 +1031,9 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def refresh_batch_norm(agent, obs, momentum):
+def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float) -> None:
     """Moves every batch normalization's running statistics towards those of some pictures, (B, C, H, W)."""
-    norms = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+    norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
     for norm in norms:
         norm.train().momentum = momentum
     if norms:
@@ -1030,25 +1044,28 @@ def refresh_batch_norm(agent, obs, momentum):
     agent.eval()
 
 
-def evaluate_actions(logits, actions, nvec, epsilon=0.0):
+def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of independent categorical action dimensions.
 
     With `epsilon` the policy is the mixture with the uniform one, as `choose_actions` samples it; the entropy is that
     of the categorical part. logits: (B, sum(nvec)); actions: (B, len(nvec)). Returns (B,), (B,).
     """
-    logprobs, entropies = [], []
+    parts, entropies = [], []
     for block, action in zip(logits.split(nvec, -1), actions.unbind(-1), strict=True):
         block = block.log_softmax(-1)
-        logprobs.append(block.gather(-1, action[:, None]).squeeze(-1))
+        parts.append(block.gather(-1, action[:, None]).squeeze(-1))
         entropies.append(-(block.exp() * block).sum(-1))
-    logprobs = torch.stack(logprobs).sum(0)
+    logprobs = torch.stack(parts).sum(0)
     if epsilon:
         uniform = torch.full_like(logprobs, math.log(epsilon / math.prod(nvec)))
         logprobs = torch.logaddexp(logprobs + math.log1p(-epsilon), uniform) if epsilon < 1 else uniform
     return logprobs, torch.stack(entropies).sum(0)
 
 
-def choose_actions(logits, nvec, greedy=False, generator=None, epsilon=0.0):
+def choose_actions(
+    logits: Tensor, nvec: list[int], greedy: bool = False, generator: torch.Generator | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Most probable actions, or sampled ones (Gumbel-max). logits: (B, sum(nvec)) -> int64 (B, len(nvec))."""
     if epsilon:  # flat logits for the rows that act uniformly
         uniform = torch.rand(len(logits), 1, device=logits.device, generator=generator) < epsilon
@@ -1058,7 +1075,10 @@ def choose_actions(logits, nvec, greedy=False, generator=None, epsilon=0.0):
     return torch.stack([block.argmax(-1) for block in logits.split(nvec, -1)], -1)
 
 
-def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor, gamma: float,
+    gae_lambda: float,
+) -> Tensor:  # fmt: skip
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), cut at every episode's end.
 
     rewards, values, next_values, terminations, dones: (T, N). `next_values[t]` is V of the observation that step t led
@@ -1074,7 +1094,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
     return advantages
 
 
-def mean_over_ranks(tensor):
+def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean of a tensor over all of torchrun's ranks; the tensor itself where there is one process."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -1082,7 +1102,7 @@ def mean_over_ranks(tensor):
     return tensor
 
 
-def gather(thing):
+def gather(thing: Any) -> list:
     """What each rank holds, as a list."""
     if not dist.is_initialized():
         return [thing]
@@ -1091,7 +1111,7 @@ def gather(thing):
     return things
 
 
-def moments(values):
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of (B,) values, over all ranks' together."""
     count = len(values) * (dist.get_world_size() if dist.is_initialized() else 1)
     mean = mean_over_ranks(values.mean())
@@ -1099,16 +1119,18 @@ def moments(values):
     return mean, variance.sqrt()
 
 
-def average_gradients(agent):
+def average_gradients(agent: Agent) -> None:
     """Gives every rank the mean gradient, in one message."""
     if dist.is_initialized():
-        gradients = [parameter.grad for parameter in agent.parameters()]
+        gradients: list = [parameter.grad for parameter in agent.parameters()]
         flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
-def ppo_loss(agent, batch, coefs, totals):
+def ppo_loss(
+    agent: Agent, batch: dict[str, Tensor], coefs: Args, totals: tuple[int, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of a minibatch, or of a piece of one.
 
     batch: obs (B, C, H, W), state (N, S), starts (B,), actions (B, A), logprobs, values, advantages (normalized),
@@ -1150,7 +1172,7 @@ def ppo_loss(agent, batch, coefs, totals):
     return loss, {key: value.detach() for key, value in scalars.items()}
 
 
-def random_shift(obs, pad=4):
+def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
     """Every picture of a batch (B, C, H, W), moved by up to `pad` pixels, its edges repeated (Yarats et al. 2021)."""
     height, width = obs.shape[-2:]
     padded = F.pad(obs.float(), (pad,) * 4, mode="replicate").to(obs.dtype)
@@ -1161,7 +1183,7 @@ def random_shift(obs, pad=4):
     return padded.flatten(2).gather(2, index.flatten(2)).view_as(obs)
 
 
-def pick(batch, rows):
+def pick(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Some rows of a batch (T, N, ...), flat. rows: indices into T N decisions, with an LSTM into N environments."""
     if batch["state"].shape[-1]:
         chosen = {key: value[:, rows].flatten(0, 1) for key, value in batch.items() if key != "state"}
@@ -1170,7 +1192,9 @@ def pick(batch, rows):
     return chosen | {"state": batch["state"].new_zeros(len(rows), 0)}
 
 
-def ppo_update(agent, optimizer, scaler, batch, args):
+def ppo_update(
+    agent: Agent, optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, batch: dict[str, Tensor], args: Args
+) -> dict[str, float]:
     """All passes over one iteration's data; batch: (T, N, ...) each, as in `ppo_loss`, and state (N, S).
 
     With torchrun every rank brings a batch of its own, and all take the same steps, by the mean gradient. Returns the
@@ -1185,7 +1209,7 @@ def ppo_update(agent, optimizer, scaler, batch, args):
             own = whole["advantages"][whole["own"]]
             mean, deviation = moments(own)
             optimizer.zero_grad()
-            sums = {}
+            sums: dict[str, Tensor] = {}
             for piece_rows in rows.tensor_split(args.grad_accum):
                 piece = pick(batch, piece_rows)
                 piece["advantages"] = (piece["advantages"] - mean) / (deviation + 1e-8)
@@ -1196,7 +1220,7 @@ def ppo_update(agent, optimizer, scaler, batch, args):
                     sums[key] = together(sums[key], value) if key in sums else value
             history.append(sums)
             if args.target_kl is not None:
-                stop = mean_over_ranks(sums["losses/approx_kl"].clone()) > args.target_kl
+                stop = bool(mean_over_ranks(sums["losses/approx_kl"].clone()) > args.target_kl)
             if stop:
                 break
             average_gradients(agent)
@@ -1219,7 +1243,7 @@ def ppo_update(agent, optimizer, scaler, batch, args):
 # Sampling
 
 
-def play(make_env, index, pipe, newest, last):
+def play(make_env: Callable[[], TuxKartEnv], index: int, pipe: Connection, newest: Any, last: Any) -> None:
     """A game process: does what the pipe asks for, and answers (True, result) or (False, why not).
 
     newest, last: shared memory for the newest pictures of all games, and for those that their last episode ended with.
@@ -1229,7 +1253,7 @@ def play(make_env, index, pipe, newest, last):
     newest, last = (np.frombuffer(memory, np.uint8).reshape(shape)[index] for memory in (newest, last))
     while True:
         command, argument = pipe.recv()
-        result = None
+        result: Any = None
         try:
             if command == "step":
                 newest[:], *result = env.step(argument)
@@ -1261,41 +1285,44 @@ class Games:
 
     timeout, patience = 60.0, 3  # seconds for a decision; losses of one game without a single decision in between
 
-    def __init__(self, make_envs):
+    def __init__(self, make_envs: list[Callable[[], TuxKartEnv]]) -> None:
         self.make_envs, count = make_envs, len(make_envs)
         env = make_envs[0]()  # for its spaces; it starts no game
         shape = (count, *env.observation_space.shape)
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self._memory = [multiprocessing.RawArray("B", math.prod(shape)) for _ in range(2)]
         self.newest, self.last = (np.frombuffer(memory, np.uint8).reshape(shape) for memory in self._memory)
-        self.lost, self._in_a_row, self._settings, self._asked = 0, [0] * count, {}, {}
-        self.processes, self._pipes = [None] * count, [None] * count
+        self.lost, self._in_a_row = 0, [0] * count
+        self._settings: dict[str, Any] = {}
+        self._asked: dict[int, tuple[str, Any]] = {}
+        self.processes: list[Any] = [None] * count
+        self._pipes: list[Any] = [None] * count
         for i in range(count):
             self._start(i)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.processes)
 
-    def _start(self, i):
+    def _start(self, i: int) -> None:
         self._pipes[i], theirs = multiprocessing.Pipe()
         arguments = (self.make_envs[i], i, theirs, *self._memory)
         self.processes[i] = multiprocessing.Process(target=play, args=arguments, daemon=True)
         self.processes[i].start()
         theirs.close()
 
-    def _end(self, i):
+    def _end(self, i: int) -> None:
         self.processes[i].kill()
         self.processes[i].join()
         self._pipes[i].close()
 
-    def send(self, command, arguments):
+    def send(self, command: str, arguments: dict[int, Any]) -> None:
         """Asks games for something; arguments: {game: argument}. `receive` must follow."""
         self._asked = {i: (command, argument) for i, argument in arguments.items()}
         for i, question in self._asked.items():
             with contextlib.suppress(OSError):  # that it is dead shows when it should answer
                 self._pipes[i].send(question)
 
-    def receive(self):
+    def receive(self) -> dict[int, Any]:
         """The answers to `send`, {game: answer}. Raises RunError when one game is lost again and again.
 
         Of a step: reward, terminated, truncated and info. A lost game's episode is over, truncated where it was, and
@@ -1317,7 +1344,7 @@ class Games:
             answers[i] = answer if fine else self._replace(i, question, answer)
         return answers
 
-    def _replace(self, i, question, why):
+    def _replace(self, i: int, question: tuple[str, Any], why: str) -> Any:
         """Starts a new game in place of a lost one. Returns its answer to what that was asked."""
         self.lost += 1
         self._in_a_row[i] += 1
@@ -1332,21 +1359,21 @@ class Games:
             self.ask("reset", {i: {"seed": 10**9 + self.lost}})
         return (0.0, False, True, None) if question[0] == "step" else self.ask(question[0], {i: question[1]})[i]
 
-    def ask(self, command, arguments):
+    def ask(self, command: str, arguments: dict[int, Any]) -> dict[int, Any]:
         """`send` and `receive`."""
         self.send(command, arguments)
         return self.receive()
 
-    def get(self, name):
+    def get(self, name: str) -> list:
         """An attribute of every game's environment, as a list."""
         return list(self.ask("get", dict.fromkeys(range(len(self)), name)).values())
 
-    def set(self, name, value):
+    def set(self, name: str, value: Any) -> None:
         """Sets an attribute of every game's environment, and of those that replace it."""
         self._settings[name] = value
         self.ask("set", dict.fromkeys(range(len(self)), (name, value)))
 
-    def close(self):
+    def close(self) -> None:
         for i in range(len(self)):
             self._end(i)
 
@@ -1358,7 +1385,7 @@ class Sampler:
     """Plays `num_steps` decisions in every environment, in two groups: while the network looks at the pictures of one,
     the games of the other go on."""
 
-    def __init__(self, args, device, state_size):
+    def __init__(self, args: Args, device: torch.device, state_size: int) -> None:
         halves = np.array_split(np.arange(args.num_envs), min(2, args.num_envs))
         envs = [make_env(args, args.track[i % len(args.track)], args.random_start) for i in range(args.num_envs)]
         self.columns = [slice(int(half[0]), int(half[-1]) + 1) for half in halves]
@@ -1379,7 +1406,7 @@ class Sampler:
         self.burst = torch.zeros(args.num_envs, dtype=torch.int64, device=device)  # random decisions still to come
         self.burst_prob, self.burst_steps, self.finish_line = args.random_action_prob, args.random_action_steps, 1.0
 
-    def reset(self, seed):
+    def reset(self, seed: int) -> None:
         """Loads the track and starts an episode in every environment; environment i is seeded with seed + i."""
         for group, columns in zip(self.groups, self.columns, strict=True):
             group.send("reset", {i: {"seed": seed + columns.start + i} for i in range(len(group))})
@@ -1387,22 +1414,22 @@ class Sampler:
             group.receive()
         self.next_starts.fill_(True)
 
-    def move_finish(self, share):
+    def move_finish(self, share: float) -> None:
         """Sets the finish line of every environment, as a share of the race."""
         self.finish_line = share
         for group in self.groups:
             group.set("finish_line", share)
 
-    def snapshots(self):
+    def snapshots(self) -> list[dict]:
         """The running episode of every environment, to be stored in a checkpoint."""
         return [snapshot for group in self.groups for snapshot in group.get("snapshot")]
 
-    def memory(self):
+    def memory(self) -> dict:
         """What else a checkpoint needs to go on."""
         tensors = {"state": self.state, "starts": self.next_starts, "burst": self.burst}
         return {key: value.cpu() for key, value in tensors.items()} | {"finish_line": self.finish_line}
 
-    def restore(self, snapshots, memory):
+    def restore(self, snapshots: list[dict], memory: dict) -> None:
         """Drives every environment to where its snapshot was taken."""
         self.state.copy_(memory["state"])
         self.next_starts.copy_(memory["starts"])
@@ -1414,9 +1441,11 @@ class Sampler:
             group.receive()
 
     @torch.no_grad()
-    def collect(self, agent):
+    def collect(self, agent: Agent) -> list[dict]:
         """Fills the storage. Returns the final infos of the episodes that ended, oldest first."""
-        device, episodes, last_pictures = self.obs.device, [], []
+        device = self.obs.device
+        episodes: list[dict] = []
+        last_pictures: list[tuple] = []
         self.first_state.copy_(self.state)
         for t in range(len(self.obs)):
             for g, columns in enumerate(self.columns):
@@ -1444,7 +1473,7 @@ class Sampler:
             self.next_values[t, env] = agent(obs, state, goes_on)[1][0]
         return episodes
 
-    def _interfere(self, t, columns, actions, nvec):
+    def _interfere(self, t: int, columns: slice, actions: Tensor, nvec: list[int]) -> Tensor:
         """Begins, goes on with and ends bursts of random actions. actions: (n, A)."""
         burst, device = self.burst[columns], actions.device
         begins = (burst == 0) & (torch.rand(len(burst), device=device) < self.burst_prob)
@@ -1454,7 +1483,7 @@ class Sampler:
         self.burst[columns] = (burst - 1).clamp(min=0)
         return torch.where((burst > 0)[:, None], wild, actions)
 
-    def _receive(self, t, g, episodes, last_pictures):
+    def _receive(self, t: int, g: int, episodes: list[dict], last_pictures: list[tuple]) -> None:
         """Waits for the step t of group g. A truncated episode's last picture is kept for its bootstrap value."""
         for i, (reward, terminated, truncated, info) in self.groups[g].receive().items():
             n = self.columns[g].start + i
@@ -1467,7 +1496,7 @@ class Sampler:
             if info:
                 episodes.append(info)
 
-    def batch(self, agent, gamma, gae_lambda):
+    def batch(self, agent: Agent, gamma: float, gae_lambda: float) -> dict[str, Tensor]:
         """The storage as the batch of `ppo_update`."""
         rewards, terminations, dones = (
             torch.from_numpy(a).to(self.obs.device) for a in (self.rewards, self.terminations, self.dones)
@@ -1480,12 +1509,12 @@ class Sampler:
         tensors |= {"logprobs": logprobs.view_as(self.values), "own": self.own, "starts": self.starts}
         return tensors | {"state": self.first_state}
 
-    def close(self):
+    def close(self) -> None:
         for group in self.groups:
             group.close()
 
 
-def make_env(args, track, random_start=0.0, driver="agent"):
+def make_env(args: Args, track: str, random_start: float = 0.0, driver: str = "agent") -> Callable[[], TuxKartEnv]:
     """A function without arguments that makes one environment, for `Games`."""
     settings = {name: getattr(args, name) for name in ENV_SETTINGS + RACE_SETTINGS}
     settings |= {"info_picture": args.network == "conv2d"}
@@ -1497,20 +1526,24 @@ def make_env(args, track, random_start=0.0, driver="agent"):
 # Evaluation
 
 
-def race_games(args, track, driver="agent"):
+def race_games(args: Args, track: str, driver: str = "agent") -> Games:
     """Games for evaluation races, a few more than there are cores."""
     return Games([make_env(args, track, driver=driver)] * min(args.eval_episodes, 2 * (os.cpu_count() or 1)))
 
 
-def run_races(games, policy, seeds, keep_frames=0, color="rgb"):
+def run_races(
+    games: Games, policy: Callable, seeds: Sequence[int], keep_frames: int = 0, color: str | None = "rgb"
+) -> list[dict]:
     """Drives one evaluation race per seed. policy: pictures (K, C, H, W), starts (K,) -> actions (K, A).
 
     Returns a list of dicts in the order of the seeds: the env's final info (with the snapshot that replays the race,
     and its trail: clock, x, y, z, speed), the seed, and, for the first `keep_frames` races, the newest picture of every
     decision, uint8 (T, H, W, 3).
     """
-    waiting, racing, results = deque(seeds), {}, {}  # racing: {game: seed}
-    frames = {seed: [] for seed in list(seeds)[:keep_frames]}
+    waiting = deque(seeds)
+    racing: dict[int, int] = {}  # {game: seed}
+    results: dict[int, dict] = {}
+    frames: dict[int, list[np.ndarray]] = {seed: [] for seed in list(seeds)[:keep_frames]}
     while len(results) < len(seeds):
         starts = {i: waiting.popleft() for i in range(len(games)) if i not in racing and waiting}
         racing |= starts
@@ -1531,12 +1564,13 @@ def run_races(games, policy, seeds, keep_frames=0, color="rgb"):
     return [results[seed] | {"frames": frames.get(seed)} for seed in seeds]
 
 
-def network_policy(agent, device, greedy, seed=0):
+def network_policy(agent: Agent, device: torch.device, greedy: bool, seed: int = 0) -> Callable:
     """The agent as a policy for `run_races`; it leaves the global random state alone."""
-    generator, state = torch.Generator(device).manual_seed(seed), None
+    generator = torch.Generator(device).manual_seed(seed)
+    state: Tensor | None = None
 
     @torch.no_grad()
-    def policy(obs, starts):
+    def policy(obs: np.ndarray, starts: np.ndarray) -> np.ndarray:
         nonlocal state
         state = torch.zeros(len(obs), agent.state_size, device=device) if state is None else state
         logits, _, state = agent(torch.from_numpy(obs).to(device), state, torch.from_numpy(starts).to(device))
@@ -1545,25 +1579,25 @@ def network_policy(agent, device, greedy, seed=0):
     return policy
 
 
-def wilson_interval(successes, trials, z=1.96):
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, ...]:
     """95% interval of a rate (Wilson 1927), as two shares."""
     middle, spread = successes / trials + z**2 / (2 * trials), successes * (trials - successes) / trials + z**2 / 4
     return tuple(float(v) / (1 + z**2 / trials) for v in (middle - z * spread**0.5 / trials,
                                                           middle + z * spread**0.5 / trials))  # fmt: skip
 
 
-def lap_correlation(episodes):
+def lap_correlation(episodes: list[tuple[float, float]]) -> float | None:
     """Correlation of return with lap time over finished laps; above 0 the reward prefers slow ones.
 
     episodes: pairs (return, lap time), nan where it did not finish. None for fewer than ten laps, or equal ones.
     """
-    laps = np.array([pair for pair in episodes if pair[1] == pair[1]], np.float64).T
+    laps: np.ndarray = np.array([pair for pair in episodes if pair[1] == pair[1]], np.float64).T
     if laps.size < 20 or np.ptp(laps, 1).min() < 1e-9:
         return None
     return float(np.corrcoef(laps)[0, 1])
 
 
-def action_shares(actions, sizes):
+def action_shares(actions: list[list[int]], sizes: dict[str, int]) -> dict[str, list[float]]:
     """How often each choice was made. actions: (T, A); sizes: {name: n}. Returns {name: (n,) shares}."""
     columns = np.asarray(actions).reshape(-1, len(sizes)).T
     return {
@@ -1572,7 +1606,7 @@ def action_shares(actions, sizes):
     }
 
 
-def draw_map(geometry, races, size=600):
+def draw_map(geometry: TrackGeometry, races: list[dict], size: int = 600) -> np.ndarray:
     """The road in gray, the races' trails from blue (slow) to red (fast), a black cross where one did not finish.
 
     Returns uint8 (size, size, 3).
@@ -1581,7 +1615,7 @@ def draw_map(geometry, races, size=600):
     road = geometry.starts[:, [0, 2]]
     corner, scale = road.min(0) - 20, (size - 1) / (np.ptp(road, 0).max() + 40)
 
-    def dot(x, z, radius, color):
+    def dot(x: float, z: float, radius: float, color: int | tuple[float, ...]) -> None:
         column, row = (np.array([x, z]) - corner) * scale
         top, left = max(int(row - radius), 0), max(int(column - radius), 0)
         window = picture[top : int(row + radius) + 2, left : int(column + radius) + 2]
@@ -1604,7 +1638,7 @@ def draw_map(geometry, races, size=600):
     return picture[::-1]
 
 
-def summarize(races):
+def summarize(races: list[dict]) -> dict:
     """Figures of a set of races, for evaluation.json and the logs."""
     laps = [float(race["lap_time"]) for race in races if race["finished"]]
     return {
@@ -1623,12 +1657,12 @@ def summarize(races):
     }
 
 
-def score(summary):
+def score(summary: dict) -> tuple[float, float, float]:
     """What makes a checkpoint the best: finish rate, then lap time. A larger tuple is better."""
     return summary["finished"] / summary["races"], -(summary["median"] or float("inf")), summary["progress"]
 
 
-def film_race(args, track, snapshot, path, width=640, height=480):
+def film_race(args: Args, track: str, snapshot: dict, path: Path, width: int = 640, height: int = 480) -> None:
     """Replays one race at a size a person wants to look at and writes it as mp4, 20 pictures a second of game time."""
     import imageio.v2
 
@@ -1640,7 +1674,7 @@ def film_race(args, track, snapshot, path, width=640, height=480):
     env.close()
 
 
-def write_mosaic(races, path, fps):
+def write_mosaic(races: list[dict], path: Path, fps: float) -> None:
     """Up to 16 races side by side as mp4; a finished race stands still on its last picture."""
     import imageio.v2
 
@@ -1653,10 +1687,11 @@ def write_mosaic(races, path, fps):
     imageio.v2.mimwrite(path, list(np.concatenate(rows, 1)), fps=fps, macro_block_size=2)
 
 
-def evaluate(args, checkpoint):
+def evaluate(args: Args, checkpoint: dict) -> None:
     """Races a checkpoint, greedy and sampled, beside the game's AI; writes evaluation.json, two films and a map."""
     import imageio.v2
 
+    assert args.evaluate is not None
     started, device, here, track = time.time(), pick_device(args.device), describe_setting(args), args.track[0]
     agent = make_agent(args, here, device)
     load_weights(agent, checkpoint, args.evaluate, here)
@@ -1721,7 +1756,7 @@ def evaluate(args, checkpoint):
 # Save and load
 
 
-def save_atomically(contents, path):
+def save_atomically(contents: dict, path: Path) -> None:
     """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
     temporary, held, buffer = path.with_suffix(".tmp"), [], io.BytesIO()
     on_interrupt = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # torch.save would break
@@ -1742,7 +1777,7 @@ def save_atomically(contents, path):
         on_interrupt(*held[0])
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path) -> dict:
     """A checkpoint as a dict of tensors and plain values; nothing in the file is executed. Raises UsageError."""
     if not path.is_file():
         raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
@@ -1759,7 +1794,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def fits(value, kind):
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value has a type of Args: a plain one, a Literal, a tuple of one, or a union of such."""
     if get_origin(kind) in (Union, types.UnionType):
         return any(fits(value, one) for one in get_args(kind))
@@ -1770,7 +1805,7 @@ def fits(value, kind):
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def load_weights(agent, checkpoint, path, here):
+def load_weights(agent: Agent, checkpoint: dict, path: Path | None, here: dict) -> None:
     """Puts a checkpoint's weights into the network of the setting `here`. Raises UsageError where they do not fit."""
     made_on = {"action_set": "drive"} | checkpoint["made_on"]
     if any(made_on[key] != here[key] for key in ("action_set", "actions")):
@@ -1785,21 +1820,22 @@ def load_weights(agent, checkpoint, path, here):
         raise UsageError(f"{path} holds another network than this run's: {sees}.") from error
 
 
-def describe_setting(args):
+def describe_setting(args: Args) -> dict:
     """What a checkpoint is made on, as plain values."""
     engine = find_engine(args.engine)
-    setting = {"engine": engine, "engine_version": engine_version(engine), "assets": find_assets(engine)[1]}
+    setting: dict = {"engine": engine, "engine_version": engine_version(engine), "assets": find_assets(engine)[1]}
     sizes = action_sizes(args.actions, args.speeds)
     setting |= {"track": list(args.track), "action_set": args.actions, "actions": list(sizes.values())}
+    assert args.frame_stack is not None  # `complete` has filled it in
     channels = args.frame_stack * (3 if args.color == "rgb" else 1) + (args.network == "conv2d")
     setting |= {"observation": [channels, args.height, args.width], "step_size": args.step_size}
     setting |= {key: getattr(args, key) for key in ("network", "base_channels", "frame_stack", "memory", "color")}
     return setting | {key: getattr(args, key) for key in RACE_SETTINGS}
 
 
-def make_agent(args, setting, device):
+def make_agent(args: Args, setting: dict, device: torch.device) -> Agent:
     """The network of some Args, on its device."""
-    shape = (args.base_channels, args.frame_stack, args.memory)
+    shape = (setting["base_channels"], setting["frame_stack"], setting["memory"])
     agent = Agent(setting["observation"], setting["actions"], args.network, *shape).to(device)
     agent.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     if args.compile:
@@ -1807,12 +1843,12 @@ def make_agent(args, setting, device):
     return agent
 
 
-def memory_needs(args, setting):
+def memory_needs(args: Args, setting: dict) -> tuple[int, int, int]:
     """Bytes of the rollout's storage, of one minibatch's activations and gradients, and of weights and Adam."""
     decisions, picture = args.num_envs * args.num_steps, int(np.prod(setting["observation"]))
     with torch.device("meta"):
-        agent = Agent(setting["observation"], setting["actions"], args.network, args.base_channels, args.frame_stack,
-                      args.memory)  # fmt: skip
+        agent = Agent(setting["observation"], setting["actions"], args.network, setting["base_channels"],
+                      setting["frame_stack"], args.memory)  # fmt: skip
         outputs = []
         for module in agent.modules():
             if not list(module.children()):
@@ -1827,7 +1863,7 @@ def memory_needs(args, setting):
     return decisions * picture, 8 * sum(outputs) + 4 * rows * picture, 16 * weights
 
 
-def note_differences(made_on, here):
+def note_differences(made_on: dict, here: dict) -> None:
     """Says where a checkpoint is used on something else than it was made on."""
     for key, value in made_on.items():
         if here.get(key) != value:
@@ -1841,7 +1877,7 @@ def note_differences(made_on, here):
 class Logger:
     """The same scalars to TensorBoard and to metrics.jsonl, which a resumed run cuts back to its checkpoint."""
 
-    def __init__(self, folder, args, iteration, step):
+    def __init__(self, folder: Path, args: Args, iteration: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
@@ -1855,18 +1891,18 @@ class Logger:
         self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
 
     @staticmethod
-    def iteration_of(line):
+    def iteration_of(line: str) -> float:
         """The iteration that a line of metrics.jsonl tells of; infinity where a full disk has cut it off."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return int(json.loads(line)["iteration"])
         return math.inf
 
-    def write(self, iteration, step, scalars):
+    def write(self, iteration: int, step: int, scalars: dict[str, float]) -> None:
         for key, value in scalars.items():
             self.board.add_scalar(key, value, step)
         self.file.write(json.dumps({"iteration": iteration, "global_step": step} | scalars) + "\n")
 
-    def film(self, tag, frames, fps, step):
+    def film(self, tag: str, frames: list[np.ndarray], fps: float, step: int) -> None:
         """A small moving picture for TensorBoard's image page; frames: uint8 (T, H, W, 3)."""
         import imageio.v3
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -1876,13 +1912,13 @@ class Logger:
         image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
-    def close(self):
+    def close(self) -> None:
         for stream in (self.file, self.board):
             with contextlib.suppress(OSError):  # of a full disk, which was told of before
                 stream.close()
 
 
-def next_lesson(lesson, passed):
+def next_lesson(lesson: dict, passed: bool) -> dict:
     """The speed curriculum. lesson: the speed cap, the last one that was passed or None, and the increment, in m/s.
 
     A passed cap rises by the increment. One that fails falls back to the last that was passed, and half the increment.
@@ -1895,12 +1931,12 @@ def next_lesson(lesson, passed):
     return lesson | {"cap": lesson["passed"] + increment, "increment": increment}
 
 
-def ranks():
+def ranks() -> tuple[int, int]:
     """This process's rank, and how many there are: torchrun's, or 0 of 1."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_ranks(device):
+def join_ranks(device: torch.device) -> None:
     """Meets torchrun's other ranks. Each restart under keys of its own: else it finds the addresses of the dead."""
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
@@ -1908,25 +1944,28 @@ def join_ranks(device):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
-def run_folder(args):
+def run_folder(args: Args) -> Path:
     """Where a new run writes to. Under torchrun all ranks, and their restarts, have to agree about it."""
     unique = os.environ.get("TORCHELASTIC_RUN_ID") or time.strftime("%Y%m%d-%H%M%S")
     return Path("runs") / (args.name or f"{'-'.join(args.track)}-seed{args.seed}-{unique}")
 
 
-def train(args, checkpoint=None):
+def train(args: Args, checkpoint: dict | None = None) -> None:
     """Learns, from the start or from a run's last checkpoint; writes runs/<name>/."""
     from tqdm import tqdm
 
     device, made_on, (rank, world) = pick_device(args.device), describe_setting(args), ranks()
-    storage, minibatch, weights = (size / 2**20 for size in memory_needs(args, made_on))
-    print(f"memory: rollout {storage:.0f} MB, a minibatch about {minibatch:.0f} MB, weights and Adam {weights:.0f} MB")
+    storage, minibatch, adam = (size / 2**20 for size in memory_needs(args, made_on))
+    print(f"memory: rollout {storage:.0f} MB, a minibatch about {minibatch:.0f} MB, weights and Adam {adam:.0f} MB")
     torch.manual_seed(args.seed)
     agent = make_agent(args, made_on, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    iteration, elapsed, best, recent, logger, bar = 0, 0.0, None, deque(maxlen=100), None, None
-    reached = deque(maxlen=32)  # whether the last episodes from the start line came to the finish line, where it stands
+    iteration, elapsed, best = 0, 0.0, None
+    recent: deque[list[float]] = deque(maxlen=100)
+    reached: deque[bool] = deque(maxlen=32)  # whether the last episodes from the start line came to the finish line
+    logger: Any = None  # rank 0's
+    bar: Any = None
     lesson, graduate = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}, None
     folder = args.resume or run_folder(args)
     if checkpoint:
@@ -2093,7 +2132,7 @@ def train(args, checkpoint=None):
                 thing.close()
 
 
-def pick_device(name):
+def pick_device(name: str) -> torch.device:
     """The torch device for --device. Raises UsageError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
@@ -2107,13 +2146,13 @@ def pick_device(name):
 # The command line
 
 
-def args_to_plain(args):
+def args_to_plain(args: Args) -> dict:
     """Args as plain values for JSON and checkpoints; what belongs to one call only is left out."""
     plain = dataclasses.asdict(dataclasses.replace(args, resume=None, evaluate=None))
     return plain | {"init_from": args.init_from and str(args.init_from)}
 
 
-def check_args(args):
+def check_args(args: Args) -> Args:
     """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
     engine = find_engine(args.engine)
     assets, version = find_assets(engine)
@@ -2128,7 +2167,8 @@ def check_args(args):
     if args.kart not in karts:
         close = difflib.get_close_matches(args.kart, karts, 1, 0)
         raise UsageError(f"There is no kart {args.kart}: type --kart {close[0]}, or one of {', '.join(karts)}.")
-    limits = {name: (1, np.inf) for name in ("num_envs", "frame_stack", "laps", "epochs", "num_minibatches")}
+    limits: dict[str, tuple[float, float]] = {}
+    limits |= {name: (1, np.inf) for name in ("num_envs", "frame_stack", "laps", "epochs", "num_minibatches")}
     limits |= {name: (1, np.inf) for name in ("base_channels", "grad_accum", "random_action_steps")}
     limits |= {"random_action_prob": (0, 1), "augment_coef": (0, np.inf)}
     limits |= {"num_steps": (2, np.inf), "eval_episodes": (1, np.inf), "eval_interval": (0, np.inf)}
@@ -2142,8 +2182,8 @@ def check_args(args):
         if not least <= value <= most:
             wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
             raise UsageError(f"--{flag} is {value}: type {wanted}.")
-    numbers = {name: value if isinstance(value, tuple) else [value] for name, value in vars(args).items()}
-    numbers["reward"] = parse_reward(args.reward).values()
+    numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(args).items()}
+    numbers["reward"] = tuple(parse_reward(args.reward).values())
     for name, values in numbers.items():
         if any(isinstance(value, float) and not math.isfinite(value) for value in values):
             raise UsageError(f"--{name.replace('_', '-')} holds something that is not a finite number: type one.")
@@ -2162,7 +2202,7 @@ def check_args(args):
         )
     if args.network == "conv2d" and args.color == "rgb":
         raise UsageError("The network conv2d sees gray pictures: leave out --color rgb.")
-    if args.network == "resnet3d" and not 5 <= args.frame_stack:
+    if args.network == "resnet3d" and (args.frame_stack or 0) < 5:
         raise UsageError(f"resnet3d needs 5 pictures or more, not {args.frame_stack}: type --frame-stack 5.")
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
@@ -2182,15 +2222,16 @@ def check_args(args):
     return args
 
 
-def parse(argv):
+def parse(argv: list[str]) -> tuple[Args, Any]:
     """The command line as Args, and the checkpoint that is resumed or evaluated, whose settings are the defaults."""
     args = complete(tyro.cli(Args, args=argv, description=__doc__))
     folder = run_folder(args)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / "last.pt").is_file():
         argv, args.resume = ["--resume", str(folder)], folder  # torchrun repeats what was typed at first
-    if not (args.resume or args.evaluate):
+    path = args.evaluate or (args.resume and args.resume / "last.pt")
+    if not path:
         return check_args(args), None
-    checkpoint = load_checkpoint(args.evaluate or args.resume / "last.pt")
+    checkpoint = load_checkpoint(path)
     saved = Args(**checkpoint["args"])
     if args.evaluate:
         saved.speed_cap = checkpoint["made_on"].get("speed_cap")
@@ -2203,7 +2244,7 @@ def parse(argv):
     return check_args(args), checkpoint
 
 
-def summarize_network(args):
+def summarize_network(args: Args) -> None:
     """Prints the network's layers as torchinfo does."""
     from torchinfo import summary
 
@@ -2214,7 +2255,7 @@ def summarize_network(args):
     print(summary(agent, input_data=data, depth=4, device="cpu", verbose=0))
 
 
-def main():
+def main() -> None:
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         # Keep freed memory instead of handing every large tensor back to the kernel: learning takes half the time.
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -34,8 +34,9 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin
+from typing import Any, Final, Literal, Union, get_args, get_origin
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on the cores the games need
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -49,9 +50,9 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.envs.box2d import car_dynamics, car_racing
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import Tensor, nn
 
-STAGES = ("collect", "vision", "memory", "controller", "evaluate")
+STAGES: Final = ("collect", "vision", "memory", "controller", "evaluate")
 
 
 @dataclasses.dataclass
@@ -101,9 +102,9 @@ class Args:
     dream_dropout: float = 0.1  # share of M's hidden state dropped before it foretells, so that C cannot exploit it
 
 
-QUICK = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 400, "vision_lr": 1e-3, "memory_steps": 150}
-QUICK |= {"population": 32, "tracks": 3, "first_generations": 16, "max_frames": 400, "validation_tracks": 16}
-QUICK |= {"dream_generations": 10, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
+QUICK: dict[str, Any] = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 400, "vision_lr": 1e-3}
+QUICK |= {"memory_steps": 150, "population": 32, "tracks": 3, "first_generations": 16, "max_frames": 400}
+QUICK |= {"validation_tracks": 16, "dream_generations": 10, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
 
 
 class UsageError(Exception):
@@ -121,7 +122,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # for each rank
 
 
-def gather(value):
+def gather(value: Any) -> list:
     """The values of all ranks, in their order; it also waits for all of them."""
     values = [value] * RANKS
     if RANKS > 1:
@@ -129,7 +130,7 @@ def gather(value):
     return values
 
 
-def join_ranks(device):
+def join_ranks(device: torch.device) -> None:
     """Meets torchrun's other ranks. Each restart under keys of its own: else it finds the addresses of the dead."""
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
@@ -146,18 +147,18 @@ DRAWN = 3 * SIZE  # pictures are drawn at three times the size and shrunk, which
 WINDOW_WIDTH, WINDOW_HEIGHT = car_racing.WINDOW_W, car_racing.WINDOW_H * ROWS / car_racing.STATE_H  # what V sees of it
 MAP = 2048  # pixels of a track's map, about as fine as what is drawn of it
 BLACK, LAWN, SQUARES, ROAD, HULL_RED, MARK = 0, 1, 2, 3, 8, 9  # in PALETTE; new road has three shades, kerbs have two
-PALETTE = [(0, 0, 0), (102, 204, 102), (102, 230, 102), (102, 102, 102), (104, 104, 104), (107, 107, 107)]
-PALETTE += [(255, 255, 255), (255, 0, 0), (204, 0, 0), (77, 77, 77)]
-INK = {colour: index for index, colour in enumerate(PALETTE)}
-PALETTE = (np.array(PALETTE) - 2).clip(0)  # Gymnasium's picture is shrunk by pygame, which takes 2 levels
+COLOURS = [(0, 0, 0), (102, 204, 102), (102, 230, 102), (102, 102, 102), (104, 104, 104), (107, 107, 107)]
+COLOURS += [(255, 255, 255), (255, 0, 0), (204, 0, 0), (77, 77, 77)]
+INK: dict[tuple[int, ...], int] = {colour: index for index, colour in enumerate(COLOURS)}
+PALETTE = (np.array(COLOURS) - 2).clip(0)  # Gymnasium's picture is shrunk by pygame, which takes 2 levels
 SLIM = 0.7 * car_dynamics.SIZE  # a drawn polygon includes its border, which would make a small one fat
 WHEEL_X, WHEEL_Y = SLIM * car_dynamics.WHEEL_W, SLIM * car_dynamics.WHEEL_R
 WHEEL = [(-WHEEL_X, WHEEL_Y), (WHEEL_X, WHEEL_Y), (WHEEL_X, -WHEEL_Y), (-WHEEL_X, -WHEEL_Y)]
-HULL = (car_dynamics.HULL_POLY1, car_dynamics.HULL_POLY2, car_dynamics.HULL_POLY3, car_dynamics.HULL_POLY4)
-HULL = [(np.array(polygon) * car_dynamics.SIZE * 0.9).tolist() for polygon in HULL]
+HULL_PARTS = (car_dynamics.HULL_POLY1, car_dynamics.HULL_POLY2, car_dynamics.HULL_POLY3, car_dynamics.HULL_POLY4)
+HULL = [(np.array(polygon) * car_dynamics.SIZE * 0.9).tolist() for polygon in HULL_PARTS]
 
 
-def area_weights(many, few):
+def area_weights(many: int, few: int) -> np.ndarray:
     """Matrix (few, many) that shrinks a line of pixels by averaging areas."""
     edges, cells = np.linspace(0, many, few + 1), np.arange(many)
     overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
@@ -167,19 +168,19 @@ def area_weights(many, few):
 SHRINK_ROWS, SHRINK_COLUMNS = area_weights(ROWS, SIZE), area_weights(car_racing.STATE_W, SIZE)
 
 
-def shrink(picture):
+def shrink(picture: np.ndarray) -> np.ndarray:
     """Gymnasium's picture, uint8 (96, 96, 3), as V sees it: without the indicators, uint8 (64, 64, 3)."""
     lines = np.tensordot(SHRINK_ROWS, picture[:ROWS].astype(np.float32), 1)  # (64, 96, 3)
     return np.rint(np.einsum("kw,hwc->hkc", SHRINK_COLUMNS, lines)).astype(np.uint8)
 
 
-def on_map(polygon):
+def on_map(polygon: Sequence | np.ndarray) -> list[float]:
     """Metres of the world as pixels of the map: a list of numbers, as Pillow takes it."""
     return ((np.asarray(polygon) + car_racing.PLAYFIELD) * (MAP / 2 / car_racing.PLAYFIELD)).ravel().tolist()
 
 
 @functools.cache
-def empty_map():
+def empty_map() -> Image.Image:
     """The lawn and its lighter squares, on which every track is drawn."""
     picture, side = Image.new("P", (MAP, MAP), LAWN), car_racing.GRASS_DIM
     picture.putpalette(PALETTE.astype(np.uint8).tobytes())
@@ -199,17 +200,19 @@ class FastCarRacing(car_racing.CarRacing):
     """
 
     blind = False
+    car: Any  # Gymnasium hints that it and the road may be None, as they are before the first reset
+    road: Any
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
         self._place = 0.0
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self._place, self.blind = (options or {}).get("place", 0.0), False
         return super().reset(seed=seed, options=options)
 
-    def _create_track(self):
+    def _create_track(self) -> bool:
         if not super()._create_track():
             return False
         self._map = empty_map().copy()
@@ -220,7 +223,7 @@ class FastCarRacing(car_racing.CarRacing):
         self.track = self.track[start:] + self.track[:start]
         return True
 
-    def _render(self, mode):
+    def _render(self, mode: str) -> np.ndarray | None:
         if mode != "state_pixels":
             return super()._render(mode)
         if self.blind:
@@ -241,7 +244,7 @@ class FastCarRacing(car_racing.CarRacing):
         picture = self._map.transform((DRAWN, DRAWN), Image.Transform.AFFINE, view, fillcolor=BLACK)
         pen = ImageDraw.Draw(picture)
 
-        def draw(corners, colour):  # metres from the car's middle
+        def draw(corners: list, colour: int) -> None:  # metres from the car's middle
             pen.polygon([(across + u * right, along - v * up) for u, v in corners], colour)
 
         for wheel in self.car.wheels:
@@ -261,11 +264,11 @@ class FastCarRacing(car_racing.CarRacing):
 class GymnasiumCarRacing(gym.ObservationWrapper):
     """Gymnasium's own CarRacing-v3, untouched, with its time limit; only its picture is shrunk for V."""
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(gym.make("CarRacing-v3", **settings))
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
 
-    def observation(self, observation):
+    def observation(self, observation: np.ndarray) -> np.ndarray:
         return shrink(observation)
 
 
@@ -280,7 +283,7 @@ LOG_SIGMA = (-5.0, 2.0)  # range of a mixture component's log standard deviation
 class Vision(nn.Module):
     """V, the paper's convolutional variational autoencoder (appendix A.1): 4,348,547 parameters."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         layers, sizes = [], (3, 32, 64, 128, 256)
         for before, after in zip(sizes[:-1], sizes[1:], strict=True):
@@ -292,29 +295,30 @@ class Vision(nn.Module):
         for before, after, kernel in zip(sizes[:-1], sizes[1:], (5, 5, 6, 6), strict=True):
             layers += [nn.ConvTranspose2d(before, after, kernel, 2), nn.ReLU()]
         self.decoder = nn.Sequential(*layers[:-1], nn.Sigmoid())  # 1 -> 5 -> 13 -> 30 -> 64
-        self.to(memory_format=torch.channels_last)  # the encoder is a third faster so
+        # the encoder is a third faster so
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's hints lack it
 
-    def encode(self, pictures):
+    def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, both (N, 32), of pictures uint8 (N, 64, 64, 3)."""
         features = self.encoder(to_floats(pictures))
         return self.mu(features), self.logvar(features)
 
-    def decode(self, z):
+    def decode(self, z: Tensor) -> Tensor:
         """Pictures float (N, 3, 64, 64) in [0, 1] of latents (N, 32)."""
         return self.decoder(self.widen(z)[:, :, None, None])
 
 
-def to_floats(pictures):
+def to_floats(pictures: Tensor) -> Tensor:
     """uint8 (N, H, W, 3) as float (N, 3, H, W) in [0, 1]; the memory stays as it is, which is channels_last."""
     return pictures.permute(0, 3, 1, 2).float() / 255
 
 
-def to_pictures(decoded):
+def to_pictures(decoded: Tensor) -> np.ndarray:
     """float (N, 3, H, W) in [0, 1] as uint8 numpy (N, H, W, 3)."""
     return (decoded.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
 
 
-def vision_loss(decoded, pictures, mu, logvar):
+def vision_loss(decoded: Tensor, pictures: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summed squared error plus the KL divergence to a unit Gaussian with a floor (Kingma & Welling 2014, appendix B).
 
     decoded, pictures: (N, 3, H, W) in [0, 1]; mu, logvar: (N, 32). Returns loss, squared error and KL, means over N.
@@ -327,19 +331,19 @@ def vision_loss(decoded, pictures, mu, logvar):
 class Memory(nn.Module):
     """M, the paper's LSTM with a mixture density output: 422,368 parameters, and a head for reward and end added."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(LATENTS + 3, HIDDEN)
-        self.lstm.bias_hh_l0.requires_grad_(False).zero_()  # the paper's LSTM has one bias, not two
+        self.lstm.get_parameter("bias_hh_l0").requires_grad_(False).zero_()  # the paper's LSTM has one bias, not two
         self.mixture = nn.Linear(HIDDEN, 3 * MIXTURES * LATENTS)
         self.outcome = nn.Linear(HIDDEN, 2)
 
-    def forward(self, z, actions, state=None):
+    def forward(self, z: Tensor, actions: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """z: (T, N, 32); actions: (T, N, 3); state: a pair of (1, N, 256). Returns the hidden states (T, N, 256) that
         have seen them, and the state after the last."""
         return self.lstm(torch.cat([z, actions], -1), state)
 
-    def foretell(self, hidden):
+    def foretell(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Log weights, means and log standard deviations (..., 32, 5) of the next latents; reward and logit of the
         episode's end (...)."""
         mixture = self.mixture(hidden).unflatten(-1, (3, LATENTS, MIXTURES))
@@ -348,7 +352,7 @@ class Memory(nn.Module):
         return logits.log_softmax(-1), mu, log_sigma.clamp(*LOG_SIGMA), reward, end
 
 
-def mixture_nll(z, log_pi, mu, log_sigma):
+def mixture_nll(z: Tensor, log_pi: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
     """Negative log likelihood of latents under a mixture of Gaussians for each of them (Bishop 1994, eq. 29).
 
     z: (..., 32); the others (..., 32, 5). Returns (...), in nats, summed over the 32.
@@ -358,7 +362,10 @@ def mixture_nll(z, log_pi, mu, log_sigma):
     return -torch.logsumexp(log_pi + log_prob, -1).sum(-1)
 
 
-def memory_loss(memory, z, targets, actions, rewards, ends, lengths, of=None):
+def memory_loss(
+    memory: Memory, z: Tensor, targets: Tensor, actions: Tensor, rewards: Tensor, ends: Tensor, lengths: Tensor,
+    of: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """M's loss over episodes padded to the longest. z, targets: (T, N, 32), two samples of the same latents; actions:
     (T, N, 3); rewards, ends: (T, N); lengths: (N,). Returns loss and its parts, means over the real frames of the
     episodes of lengths `of` (default: these), so that the losses of a minibatch's shares add up to its own.
@@ -379,7 +386,9 @@ class Agent(nn.Module):
     """V, M and C together, and how they drive: the frames that an action lasts, and whether a sample of V's latents is
     seen or their mean. C is linear: (3, 289) for its 288 inputs and a bias, or (3, 33) where it sees z alone."""
 
-    def __init__(self, controller_input, repeat=2, sample_z=False):
+    controller: Tensor
+
+    def __init__(self, controller_input: str, repeat: int = 2, sample_z: bool = False) -> None:
         super().__init__()
         self.controller_input, self.repeat, self.sample_z = controller_input, repeat, sample_z
         self.vision, self.memory = Vision(), Memory()
@@ -387,13 +396,13 @@ class Agent(nn.Module):
         self.register_buffer("controller", torch.zeros(3, inputs + 1))
 
 
-def wanted_actions(z, hidden, controllers):
+def wanted_actions(z: Tensor, hidden: Tensor, controllers: Tensor) -> Tensor:
     """What C asks for, before it is squashed. z: (N, 32); hidden: (N, 256); controllers: (N, 3, I). Returns (N, 3)."""
     inputs = torch.cat([z, hidden], -1)[:, : controllers.shape[-1] - 1]
     return (controllers[..., :-1] @ inputs[..., None])[..., 0] + controllers[..., -1]
 
 
-def squash(wanted):
+def squash(wanted: Tensor) -> Tensor:
     """CarRacing's actions (..., 3) of C's: tanh, then steering as it is, gas from [-1, 1], brake from [0, 1]."""
     steer, gas, brake = wanted.tanh().unbind(-1)
     return torch.stack([steer, (gas + 1) / 2, brake.clamp(0, 1)], -1)
@@ -406,7 +415,10 @@ SLOTS = 16  # environments of a worker, seen by V in one batch
 PATIENCE, GRACE = 20, 50  # frames without a reward after which a training rollout is hopeless; not asked before GRACE
 
 
-def drive(envs, agent, controllers, next_job, on_step=lambda frames: None, on_result=lambda result: None):
+def drive(
+    envs: list, agent: Agent, controllers: Tensor, next_job: Callable, on_step: Callable = lambda frames: None,
+    on_result: Callable = lambda result: None,
+) -> list[dict]:  # fmt: skip
     """Plays jobs, several at a time: a slot takes the next job as soon as its episode ends.
 
     controllers: (P, 3, I). `next_job` returns a dict or None when there are no more; its keys are `index`, `seed` (of
@@ -420,7 +432,9 @@ def drive(envs, agent, controllers, next_job, on_step=lambda frames: None, on_re
     An aborted rollout is charged 0.1 for every frame that it did not drive, as if it had stood still until the limit.
     Without that, giving up early would pay. A car that would have found back to the road is still scored too low.
     """
-    slots, results, more = [None] * len(envs), [], True
+    slots: list[Any] = [None] * len(envs)
+    results: list[dict] = []
+    more = True
     obs = np.zeros((SLOTS, SIZE, SIZE, 3), np.uint8)
     state = (torch.zeros(1, SLOTS, HIDDEN), torch.zeros(1, SLOTS, HIDDEN))
     weights = torch.zeros(SLOTS, *controllers.shape[1:])
@@ -486,7 +500,7 @@ def drive(envs, agent, controllers, next_job, on_step=lambda frames: None, on_re
             _, state = agent.memory(z[None], actions[None], state)
 
 
-def explore(slot, own):
+def explore(slot: dict, own: np.ndarray | None) -> np.ndarray:
     """An action to collect frames with: random driving, or the controller's own, disturbed. Changes slot["noise"].
 
     Random driving is correlated in time, so that the car gets somewhere. The controller is disturbed steadily (kind 1)
@@ -495,6 +509,7 @@ def explore(slot, own):
     rng, t = slot["rng"], slot["frames"]
     slot["noise"] = 0.95 * slot["noise"] + math.sqrt(1 - 0.95**2) * rng.standard_normal(3)
     noise = slot["noise"]
+    action: list | np.ndarray
     if own is None:
         action = [0.7 * noise[0], 0.35 + 0.5 * noise[1], 0.4 * noise[2] - 0.4]
     elif slot["job"]["noise"][1] == 1:
@@ -507,7 +522,7 @@ def explore(slot, own):
 ENVIRONMENTS = {"fast": FastCarRacing, "gymnasium": GymnasiumCarRacing}
 
 
-def work(connection, beats, driven, number):
+def work(connection: multiprocessing.connection.Connection, beats: Any, driven: Any, number: int) -> None:
     """A worker's life: driving, one batch of environments, whenever the main process asks for it.
 
     It answers every job that it receives with a result and asks for no more after None.
@@ -517,9 +532,10 @@ def work(connection, beats, driven, number):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker dies with the main process
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    agent, envs = None, {}
+    agent: Any = None
+    envs: dict[str, list] = {}
 
-    def on_step(frames):
+    def on_step(frames: int) -> None:
         beats[number] = time.monotonic()
         driven[number] += frames
 
@@ -541,18 +557,21 @@ class Workers:
     One that dies, or shows no sign of life for `patience` seconds, is replaced, and what it was driving is driven anew.
     """
 
-    def __init__(self, count, patience=300.0):
+    def __init__(self, count: int, patience: float = 300.0) -> None:
         self.context = multiprocessing.get_context("spawn")
         self.driven = self.context.RawArray("q", count)  # frames of a call, by worker
         self.beats = self.context.RawArray("d", [math.inf] * count)  # last signs of life of those that are at work
         self.patience, self.replaced, self.lost = patience, 0, 0  # lost: replaced on all ranks
-        self.weights = self.settings = None
-        self.connections, self.processes, self.fresh = [None] * count, [None] * count, [True] * count
+        self.weights: dict | None = None
+        self.settings: tuple | None = None
+        self.connections: list[Any] = [None] * count
+        self.processes: list[Any] = [None] * count
+        self.fresh = [True] * count
         for number in range(count):
             self.start(number)
         threading.Thread(target=self.watch, daemon=True).start()
 
-    def start(self, number):
+    def start(self, number: int) -> None:
         self.connections[number], theirs = self.context.Pipe()
         arguments = (theirs, self.beats, self.driven, number)
         self.processes[number] = self.context.Process(target=work, args=arguments, daemon=True)
@@ -560,14 +579,14 @@ class Workers:
         theirs.close()
         self.fresh[number] = True
 
-    def replace(self, number):
+    def replace(self, number: int) -> None:
         self.beats[number] = math.inf
         self.processes[number].kill()
         self.processes[number].join()
         self.connections[number].close()
         self.start(number)
 
-    def watch(self):
+    def watch(self) -> None:
         """Kills what hangs; then it is a dead worker like any other, also for one who waits to send to it."""
         while self.processes:
             for beat, process in zip(self.beats, list(self.processes), strict=False):
@@ -575,21 +594,23 @@ class Workers:
                     process.kill()
             time.sleep(min(1.0, self.patience / 4))
 
-    def load(self, agent):
+    def load(self, agent: Agent) -> None:
         """Has the workers drive with this V and M from now on."""
         self.weights = {key: value.detach().cpu().clone() for key, value in agent.state_dict().items()}
         self.settings = (agent.controller_input, agent.repeat, agent.sample_z)
         self.fresh = [True] * len(self.processes)
 
-    def drive(self, controllers, jobs, world="fast", bar=None):
+    def drive(self, controllers: Tensor, jobs: list[dict], world: str = "fast", bar: Any = None) -> list[dict]:
         """The results of `drive` for all jobs of all ranks, in the jobs' order. Their `index` is set here."""
         for index, job in enumerate(jobs):
             job["index"] = index
         controllers, to_do, results = gather(controllers)[0], jobs[RANK::RANKS][::-1], []
-        held, told, deaths, started = {}, set(), 0, time.time()  # held: what each one at work has to drive
+        held: dict[int, dict[int, dict]] = {}  # what each one at work has to drive
+        told: set[int] = set()
+        deaths, started = 0, time.time()
         self.driven[:] = [0] * len(self.processes)
 
-        def call(number):
+        def call(number: int) -> None:
             held[number] = {}
             self.beats[number] = time.monotonic() + 600 * self.fresh[number]  # a new one has much to import
             told.discard(number)
@@ -597,14 +618,14 @@ class Workers:
             self.connections[number].send((world, self.settings, weights, controllers))
             self.fresh[number] = False
 
-        def hand_out(number):
+        def hand_out(number: int) -> None:
             if number in held and number not in told:
                 job = to_do.pop() if to_do else None
                 told.update(() if job else (number,))
                 held[number] |= {job["index"]: job} if job else {}
                 self.connections[number].send(job)
 
-        def hear(number):
+        def hear(number: int) -> None:
             nonlocal deaths
             result = self.connections[number].recv()
             if result is None:
@@ -617,7 +638,7 @@ class Workers:
             results.append(result)
             hand_out(number)
 
-        def attempt(step, number):
+        def attempt(step: Callable, number: int) -> None:
             nonlocal deaths
             try:
                 step(number)
@@ -641,7 +662,7 @@ class Workers:
         self.lost = sum(replaced for _, replaced in parts)
         return sorted(itertools.chain(*(results for results, _ in parts)), key=lambda result: result["index"])
 
-    def close(self):
+    def close(self) -> None:
         processes, self.processes = self.processes, []
         for connection, process in zip(self.connections, processes, strict=True):
             connection.close()
@@ -662,7 +683,7 @@ class CMAES:
 
     STATE = ("mean", "sigma", "C", "path_sigma", "path_c", "basis", "scales", "generation", "decomposed")
 
-    def __init__(self, mean, sigma, population, seed=0, active=True):
+    def __init__(self, mean: np.ndarray, sigma: float, population: int, seed: int = 0, active: bool = True) -> None:
         n = len(mean)
         self.population, self.seed = population, seed
         raw = math.log((population + 1) / 2) - np.log(np.arange(1, population + 1))
@@ -684,15 +705,15 @@ class CMAES:
         self.basis, self.scales = np.eye(n), np.ones(n)  # C = basis diag(scales ** 2) basis.T
         self.generation = self.decomposed = 0
 
-    def _steps(self):
+    def _steps(self) -> np.ndarray:
         noise = np.random.default_rng([self.seed, self.generation])
         return (noise.standard_normal((self.population, len(self.mean))) * self.scales) @ self.basis.T
 
-    def ask(self):
+    def ask(self) -> np.ndarray:
         """The generation's candidates, (population, n)."""
         return self.mean + self.sigma * self._steps()
 
-    def tell(self, costs):
+    def tell(self, costs: np.ndarray) -> None:
         """Takes the candidates' costs, in the order of `ask`, and moves on to the next generation."""
         n, order = len(self.mean), np.argsort(costs, kind="stable")
         steps = self._steps()[order]
@@ -719,18 +740,21 @@ class CMAES:
             values, self.basis = np.linalg.eigh(self.C)
             self.scales, self.decomposed = np.sqrt(values.clip(1e-20)), self.generation
 
-    def state(self):
+    def state(self) -> dict:
         """Everything that changes, as tensors and plain values for a checkpoint."""
         values = {name: getattr(self, name) for name in self.STATE}
         return {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
-    def restore(self, state):
+    def restore(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value.numpy().copy() if isinstance(value, torch.Tensor) else value)
 
 
 @torch.no_grad()
-def dream_returns(memory, controllers, z, state, steps, temperature, dropout, generator):
+def dream_returns(
+    memory: Memory, controllers: Tensor, z: Tensor, state: tuple[Tensor, ...], steps: int, temperature: float,
+    dropout: float, generator: torch.Generator,
+) -> Tensor:  # fmt: skip
     """Mean return that every controller gets in M's dream, (P,).
 
     controllers: (P, 3, I); z: (S, 32); state: a pair of (1, S, 256), real places to start from, the same for all
@@ -742,7 +766,7 @@ def dream_returns(memory, controllers, z, state, steps, temperature, dropout, ge
     state = tuple(part.repeat(1, population, 1) for part in state)
     weights = controllers.to(z.device)
     returns, alive = torch.zeros(len(z), device=z.device), torch.ones(len(z), device=z.device)
-    chance = {"generator": generator, "device": z.device}
+    chance: dict[str, Any] = {"generator": generator, "device": z.device}
     for _ in range(steps):
         inputs = torch.cat([z, state[0][0]], -1).view(population, starts, -1)[..., : weights.shape[-1] - 1]
         wanted = torch.baddbmm(weights[:, None, :, -1], inputs, weights[..., :-1].transpose(1, 2))
@@ -754,7 +778,9 @@ def dream_returns(memory, controllers, z, state, steps, temperature, dropout, ge
     return returns.view(population, starts).mean(1)
 
 
-def sample_next(memory, hidden, starts, temperature, chance):
+def sample_next(
+    memory: Memory, hidden: Tensor, starts: int, temperature: float, chance: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The next latents (N, 32), drawn from what M foretells, reward (N,) and logit of the end (N,). hidden: (N, 256).
 
     Row i and row i + starts share their chances.
@@ -778,7 +804,7 @@ COLUMNS = 9  # action (3), reward, first of its episode, terminated after it, wh
 TRAIN_TRACKS, VALIDATION_TRACKS, FOOTAGE_TRACKS = 1_000_000, 900_000_000, 800_000_000  # first seeds; see `check_args`
 
 
-def open_map(path, shape, kind, fill=None):
+def open_map(path: Path, shape: tuple[int, ...], kind: type, fill: Callable | None = None) -> np.memmap:
     """An array on disk, made where there is none, by rank 0: empty, or by `fill`. Raises UsageError."""
     if RANK == 0 and not path.exists():
         array = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
@@ -804,11 +830,12 @@ def open_map(path, shape, kind, fill=None):
 class Footage:
     """All rounds' frames as memory maps under `folder`: pictures, uint8 (N, 64, 64, 3), and rows, float32 (N, 9)."""
 
-    def __init__(self, folder, frames_per_round):
+    def __init__(self, folder: Path, frames_per_round: int) -> None:
         self.folder, self.size = folder, frames_per_round
-        self.pictures, self.rows = [], []
+        self.pictures: list[np.memmap] = []
+        self.rows: list[np.memmap] = []
 
-    def open(self, round_):
+    def open(self, round_: int) -> None:
         """Makes the maps of all rounds up to this one available, new ones empty."""
         if RANK == 0:
             self.folder.mkdir(exist_ok=True)
@@ -817,10 +844,10 @@ class Footage:
             self.pictures.append(open_map(self.folder / f"pictures-{number}.npy", (self.size, SIZE, SIZE, 3), np.uint8))
             self.rows.append(open_map(self.folder / f"rows-{number}.npy", (self.size, COLUMNS), np.float32))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.size * len(self.pictures)
 
-    def take(self, indices):
+    def take(self, indices: np.ndarray) -> Tensor:
         """Pictures (N, 64, 64, 3) of frames counted over all rounds."""
         pictures = np.empty((len(indices), SIZE, SIZE, 3), np.uint8)
         for k, part in enumerate(self.pictures):
@@ -828,7 +855,7 @@ class Footage:
             pictures[here] = part[indices[here] % self.size]
         return torch.from_numpy(pictures)
 
-    def episodes(self):
+    def episodes(self) -> tuple[np.ndarray, Tensor]:
         """First frame and length of every episode, (E, 2), and all rows (N, 9). Raises UsageError."""
         rows = np.concatenate(self.rows)
         starts = np.flatnonzero(rows[:, 4])
@@ -841,7 +868,7 @@ class Footage:
 # Save and load
 
 
-def save_atomically(contents, path):
+def save_atomically(contents: dict, path: Path) -> None:
     """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
     temporary, held, buffer = path.with_suffix(".tmp"), [], io.BytesIO()
     on_interrupt = signal.signal(signal.SIGINT, lambda *received: held.append(received))  # torch.save would break
@@ -862,7 +889,7 @@ def save_atomically(contents, path):
         on_interrupt(*held[0])
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path) -> dict:
     """A checkpoint as a dict of tensors and plain values; nothing in the file is executed. Raises UsageError."""
     if not path.is_file():
         raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
@@ -879,7 +906,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def fits(value, kind):
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value has a type of Args: a plain one, a Literal, a tuple of one, or a union of such."""
     if get_origin(kind) in (Union, types.UnionType):
         return any(fits(value, one) for one in get_args(kind))
@@ -890,7 +917,7 @@ def fits(value, kind):
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def load_weights(agent, checkpoint, path):
+def load_weights(agent: Agent, checkpoint: dict, path: Path | None) -> None:
     """Puts a checkpoint's weights into V, M and C. Raises UsageError where they do not fit."""
     try:
         agent.load_state_dict(checkpoint["agent"])
@@ -898,13 +925,13 @@ def load_weights(agent, checkpoint, path):
         raise UsageError(f"{path} holds other networks than this script's: type another path.") from error
 
 
-def describe_setting():
+def describe_setting() -> dict:
     """What a checkpoint is made on, as plain values."""
     version = importlib.metadata.version
     return {"gymnasium": version("gymnasium"), "box2d": version("box2d"), "pygame": pygame.version.ver}
 
 
-def note_differences(made_on, here):
+def note_differences(made_on: dict, here: dict) -> None:
     """Says where a checkpoint is used on something else than it was made on."""
     for key, value in made_on.items():
         if here.get(key) != value:
@@ -918,7 +945,7 @@ def note_differences(made_on, here):
 class Logger:
     """The same scalars to TensorBoard and to metrics.jsonl, which a resumed run cuts back to its checkpoint."""
 
-    def __init__(self, folder, args, iteration, step):
+    def __init__(self, folder: Path, args: Args, iteration: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, temporary = folder / "metrics.jsonl", folder / "metrics.tmp"
@@ -932,18 +959,18 @@ class Logger:
         self.board.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
 
     @staticmethod
-    def iteration_of(line):
+    def iteration_of(line: str) -> float:
         """The iteration that a line of metrics.jsonl tells of; infinity where a full disk has cut it off."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return int(json.loads(line)["iteration"])
         return math.inf
 
-    def write(self, iteration, step, scalars):
+    def write(self, iteration: int, step: int, scalars: dict[str, float]) -> None:
         for key, value in scalars.items():
             self.board.add_scalar(key, value, step)
         self.file.write(json.dumps({"iteration": iteration, "global_step": step} | scalars) + "\n")
 
-    def film(self, tag, frames, fps, step):
+    def film(self, tag: str, frames: list[np.ndarray], fps: float, step: int) -> None:
         """A small moving picture for TensorBoard's image page; frames: uint8 (T, H, W, 3)."""
         import imageio.v3
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -953,7 +980,7 @@ class Logger:
         image = Summary.Image(encoded_image_string=gif, height=height, width=width, colorspace=3)
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
-    def close(self):
+    def close(self) -> None:
         for stream in (self.file, self.board):
             with contextlib.suppress(OSError):  # of a full disk, which was told of before
                 stream.close()
@@ -962,10 +989,10 @@ class Logger:
 class Silence:
     """The logger of all ranks but the first: takes everything and writes nothing."""
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> "Silence":
         return self
 
-    def __call__(self, *args, **settings):
+    def __call__(self, *args: Any, **settings: Any) -> "Silence":
         return self
 
 
@@ -975,7 +1002,7 @@ LOG_EVERY = {"vision": 100, "memory": 20}  # minibatches, or a tenth of the stag
 class Run:
     """What the stages share: settings, networks, workers, footage, logs, and the state that a checkpoint holds."""
 
-    def __init__(self, args, folder, device, checkpoint):
+    def __init__(self, args: Args, folder: Path, device: torch.device, checkpoint: dict | None) -> None:
         from tqdm import tqdm
 
         self.args, self.folder, self.device = args, folder, device
@@ -983,9 +1010,10 @@ class Run:
         torch.manual_seed(args.seed)
         self.agent = Agent(args.controller_input, args.action_repeat, args.sample_z)
         self.footage = Footage(folder / "data", args.collect_frames)
-        self.iteration, self.optimizer, self.saved_optimizer = 0, None, None
+        self.iteration, self.saved_optimizer = 0, None
+        self.optimizer: Any = None
         # done: rounds and stages; step: of the stage that is not; frames: driven to search; scores: (frames, score)
-        self.state = {"done": [], "step": 0, "frames": 0, "elapsed": 0.0, "best": None, "scores": []}
+        self.state: dict[str, Any] = {"done": [], "step": 0, "frames": 0, "elapsed": 0.0, "best": None, "scores": []}
         self.state |= {"stage_best": None, "search": None, "collected": 0, "replaced": 0}
         if checkpoint:
             note_differences(checkpoint["made_on"], self.made_on)
@@ -996,9 +1024,10 @@ class Run:
             self.state = {key: checkpoint[key] for key in self.state}
         self.agent.to(device)
         self.workers, self.replaced = Workers(args.workers or CORES), self.state["replaced"]
-        self.logger, self.tqdm, self.clock = None, functools.partial(tqdm, disable=RANK > 0), time.time()
+        self.tqdm, self.clock = functools.partial(tqdm, disable=RANK > 0), time.time()
+        self.logger: Any = None
 
-    def open_logs(self):
+    def open_logs(self) -> None:
         try:
             self.logger = Logger(self.folder, self.args, self.iteration, self.iteration) if RANK == 0 else Silence()
         except (ValueError, LookupError, TypeError) as error:
@@ -1006,10 +1035,10 @@ class Run:
         for frames, score in self.state["scores"]:  # a resumed run's board has lost them
             self.logger.board.add_scalar("score_against_frames", score, frames)
 
-    def bar(self, round_, stage, total):
+    def bar(self, round_: int, stage: str, total: int) -> Any:
         return self.tqdm(total=total, initial=self.state["step"], desc=f"round {round_} {stage}", smoothing=0.05)
 
-    def log(self, scalars, save=True):
+    def log(self, scalars: dict, save: bool = True) -> None:
         """Writes a row of metrics and, as a rule, the checkpoint that goes with it."""
         self.iteration += 1
         now = time.time()
@@ -1022,32 +1051,32 @@ class Run:
         if save:
             self.save()
 
-    def weights(self):
+    def weights(self) -> dict:
         agent = {key: value.detach().cpu().clone() for key, value in self.agent.state_dict().items()}
         common = {"args": args_to_plain(self.args), "made_on": self.made_on, "iteration": self.iteration}
         return common | {"agent": agent}
 
-    def write(self, contents, name):
+    def write(self, contents: dict, name: str) -> None:
         if RANK == 0:
             save_atomically(contents, self.folder / name)
 
-    def save(self):
+    def save(self) -> None:
         optimizer = self.optimizer.state_dict() if self.optimizer else None
         self.write(self.weights() | self.state | {"optimizer": optimizer}, "last.pt")
 
-    def save_best(self, score):
+    def save_best(self, score: float) -> None:
         """V, M and C with the best score so far, in the half precision that V and M were rounded to."""
         weights = self.weights() | {"score": score, "frames": self.state["frames"]}
         halves = {k: v if k == "controller" else v.half() for k, v in weights["agent"].items()}
         self.write(weights | {"agent": halves}, "best.pt")
 
-    def start_optimizer(self, parameters, lr):
+    def start_optimizer(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=lr)
         if self.saved_optimizer and self.state["step"]:
             self.optimizer.load_state_dict(self.saved_optimizer)
         self.saved_optimizer = None
 
-    def descend(self, losses, most=math.inf):
+    def descend(self, losses: list[Tensor] | tuple[Tensor, ...], most: float = math.inf) -> Tensor:
         """A step down the gradient of losses[0], summed over the ranks, no longer than `most`. Returns all losses,
         summed as well. Raises Fault where one is not finite."""
         self.optimizer.zero_grad()
@@ -1066,21 +1095,21 @@ class Run:
         self.optimizer.step()
         return values
 
-    def end_learning(self, module):
+    def end_learning(self, module: nn.Module) -> None:
         """Rounds a network to half precision, so that what is driven with is what best.pt holds, bit by bit."""
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.copy_(parameter.half())
         self.optimizer = None
 
-    def randomness(self, *numbers):
+    def randomness(self, *numbers: int) -> np.random.Generator:
         """A numpy generator and torch's own, which depend on the seed and the numbers alone: nothing to be saved."""
         generator = np.random.default_rng([self.args.seed, *numbers])
         torch.manual_seed(int(generator.integers(2**62)))
         return generator
 
 
-def stage_collect(run, round_):
+def stage_collect(run: Run, round_: int) -> None:
     """Drives and films: at random in the first round, with the current controller, often disturbed, in the others."""
     args, footage, state = run.args, run.footage, run.state
     footage.open(round_)
@@ -1093,7 +1122,7 @@ def stage_collect(run, round_):
         jobs = []
         for episode in range(state["collected"], state["collected"] + batch):
             choice = np.random.default_rng([args.seed, round_, episode])
-            job = {"seed": FOOTAGE_TRACKS + 1_000_000 * round_ + episode, "limit": limit, "keep": True}
+            job: dict = {"seed": FOOTAGE_TRACKS + 1_000_000 * round_ + episode, "limit": limit, "keep": True}
             job |= {"controller": None if round_ == 1 else 0, "place": choice.random() * (choice.random() < 0.8)}
             if round_ == 1 or episode % 3:
                 job["noise"] = (args.seed * 1000 + round_, 0 if round_ == 1 else episode % 3)
@@ -1118,7 +1147,9 @@ def stage_collect(run, round_):
     state["collected"] = 0
 
 
-def learn(run, round_, stage, minibatch, names, most=math.inf):
+def learn(
+    run: Run, round_: int, stage: str, minibatch: Callable, names: tuple[str, ...], most: float = math.inf
+) -> None:
     """Fits V or M. `minibatch`, given a numpy generator, returns its losses, or what this rank's share adds to them."""
     args, state, network = run.args, run.state, getattr(run.agent, stage)
     total, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
@@ -1138,12 +1169,12 @@ def learn(run, round_, stage, minibatch, names, most=math.inf):
     run.end_learning(network)
 
 
-def stage_vision(run, round_):
+def stage_vision(run: Run, round_: int) -> None:
     """Fits V to all the footage."""
     args, vision = run.args, run.agent.vision
     run.footage.open(round_)
 
-    def minibatch(chance):
+    def minibatch(chance: np.random.Generator) -> list[Tensor]:
         indices = np.sort(chance.integers(len(run.footage), size=args.vision_batch))
         noise = torch.randn(args.vision_batch, LATENTS)[RANK::RANKS].to(run.device)
         pictures = run.footage.take(indices[RANK::RANKS]).to(run.device)
@@ -1160,10 +1191,10 @@ def stage_vision(run, round_):
 
 
 @torch.no_grad()
-def encode_footage(run, round_):
+def encode_footage(run: Run, round_: int) -> np.ndarray:
     """Mean and log variance of every frame's latents, float32 (N, 64), as a memory map; made once a round."""
 
-    def fill(latents):
+    def fill(latents: np.ndarray) -> None:
         for start in run.tqdm(range(0, len(latents), 500), desc=f"round {round_} encode", leave=False):
             part = np.arange(start, min(start + 500, len(latents)))
             latents[part] = torch.cat(run.agent.vision.encode(run.footage.take(part).to(run.device)), 1).cpu().numpy()
@@ -1175,12 +1206,12 @@ def encode_footage(run, round_):
     return latents
 
 
-def stage_memory(run, round_):
+def stage_memory(run: Run, round_: int) -> None:
     """Fits M to the latents of all the footage, sampled anew in every minibatch."""
     run.footage.open(round_)
     latents, (episodes, rows) = encode_footage(run, round_), run.footage.episodes()
 
-    def minibatch(chance):
+    def minibatch(chance: np.random.Generator) -> tuple[Tensor, ...]:
         chosen, mine = episodes[chance.choice(len(episodes), run.args.memory_batch)], slice(RANK, None, RANKS)
         frames = (chosen[:, 0] + np.arange(chosen[:, 1].max())[:, None]).clip(max=len(rows) - 1)  # (T, N)
         mu, logvar = torch.from_numpy(latents[frames[:, mine]]).to(run.device).chunk(2, -1)
@@ -1193,20 +1224,20 @@ def stage_memory(run, round_):
     learn(run, round_, "memory", minibatch, ("loss", "NLL_per_latent", "reward_error", "end_error"), most=1.0)
 
 
-def translate_controller(run, round_):
+def translate_controller(run: Run, round_: int) -> Tensor:
     """The controller for this round's V and M that asks for what the old one asked for on the newest footage, by ridge
     regression: the old weights mean nothing to networks that have learnt on."""
     latents, rows = encode_footage(run, round_), torch.from_numpy(np.array(run.footage.rows[-1]))
     first = len(latents) - len(rows)
-    features = []
+    parts = []
     starts = np.flatnonzero(rows[:, 4].numpy())
     with torch.no_grad():
         for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
             z = torch.from_numpy(latents[first + start : first + end, :LATENTS])[:, None].to(run.device)
             hidden, _ = run.agent.memory(z, rows[start:end, None, :3].to(run.device))
             before = torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]])  # what C saw with these pictures
-            features.append(torch.cat([z, before, torch.ones_like(z[..., :1])], -1)[:, 0].cpu().double())
-    features, wanted = torch.cat(features), rows[:, 6:].double()
+            parts.append(torch.cat([z, before, torch.ones_like(z[..., :1])], -1)[:, 0].cpu().double())
+    features, wanted = torch.cat(parts), rows[:, 6:].double()
     if run.args.controller_input == "z":
         features = torch.cat([features[:, :LATENTS], features[:, -1:]], 1)
     square = features.T @ features + 1e-3 * len(features) * torch.eye(features.shape[1])
@@ -1216,7 +1247,7 @@ def translate_controller(run, round_):
     return controller.float()
 
 
-def dream_starts(run, round_, generation):
+def dream_starts(run: Run, round_: int, generation: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Real places to start a dream from: latents (S, 32) and M's states (1, S, 256) after up to 40 frames there."""
     chance = run.randomness(round_, 4, generation)
     latents = encode_footage(run, round_)
@@ -1240,7 +1271,7 @@ def dream_starts(run, round_, generation):
     return z[length, column].to(run.device), state
 
 
-def validate(run, controller, bar):
+def validate(run: Run, controller: Tensor, bar: Any) -> tuple[float, float]:
     """Scores a controller on the validation tracks, in FastCarRacing, without giving up."""
     args = run.args
     seeds = range(VALIDATION_TRACKS, VALIDATION_TRACKS + args.validation_tracks)
@@ -1252,7 +1283,7 @@ def validate(run, controller, bar):
 DREAMERS = 32  # controllers that dream at a time
 
 
-def stage_controller(run, round_):
+def stage_controller(run: Run, round_: int) -> bool:
     """Searches C by CMA-ES, in the dream (first round) and then on real tracks; the mean is what counts and is kept."""
     args, state, agent = run.args, run.state, run.agent
     run.footage.open(round_)
@@ -1262,13 +1293,13 @@ def stage_controller(run, round_):
     shape, total = agent.controller.shape, dreamt + (args.first_generations if round_ == 1 else args.generations)
     bar = run.bar(round_, "controller", total)
 
-    def candidates(vectors):
+    def candidates(vectors: np.ndarray) -> Tensor:
         return torch.from_numpy(vectors).float().view(-1, *shape)
 
-    def start_search(mean, sigma):
+    def start_search(mean: np.ndarray, sigma: float) -> CMAES:
         return CMAES(mean, sigma, args.population, seed=args.seed * 1000 + 2 * round_ + (state["step"] >= dreamt))
 
-    def look(search):
+    def look(search: CMAES) -> dict[str, float]:
         """Validates the mean; the best of the stage is kept, and the best of the run written."""
         controller = candidates(search.mean[None])[0]
         score, spread = validate(run, controller, bar)
@@ -1300,15 +1331,15 @@ def stage_controller(run, round_):
         if dreaming:
             z, hidden = dream_starts(run, round_, generation)
             parts = candidates(vectors).split(DREAMERS)  # of the same size however many ranks there are, for equal bits
-            returns = {
+            dreams = {
                 number: dream_returns(
                     agent.memory, parts[number], z, hidden, args.dream_steps, args.temperature, args.dream_dropout,
                     torch.Generator(run.device).manual_seed(args.seed * 1_000_000 + generation),
                 ).cpu().double().numpy()
                 for number in range(RANK, len(parts), RANKS)
             }  # fmt: skip
-            returns = functools.reduce(dict.__or__, gather(returns))
-            returns = np.concatenate([returns[number] for number in range(len(parts))])
+            dreams = functools.reduce(dict.__or__, gather(dreams))
+            returns = np.concatenate([dreams[number] for number in range(len(parts))])
             rate = args.population * args.dream_starts * args.dream_steps / (time.time() - started)
         else:
             first = TRAIN_TRACKS + args.seed * 10_000_000 + round_ * 1_000_000 + (generation - dreamt) * args.tracks
@@ -1348,12 +1379,13 @@ def stage_controller(run, round_):
     bar.close()
     agent.controller.copy_(state["stage_best"]["controller"])
     state["search"] = state["stage_best"] = None
+    return True
 
 
 STAGE_FUNCTIONS = dict(zip(STAGES[:-1], (stage_collect, stage_vision, stage_memory, stage_controller), strict=True))
 
 
-def train(args, checkpoint=None):
+def train(args: Args, checkpoint: dict | None = None) -> None:
     """Runs the stages that are not done, round by round; writes runs/<name>/. Raises Fault."""
     folder = args.resume or Path("runs") / default_name(args)
     if not checkpoint and gather(folder.exists())[0]:
@@ -1400,13 +1432,13 @@ def train(args, checkpoint=None):
         run.workers.close()
 
 
-def default_name(args):
+def default_name(args: Args) -> str:
     """The run's folder under runs/, the same on all ranks, and after torchrun has started them again."""
     when = os.environ.get("TORCHELASTIC_RUN_ID", "")[:8] or time.strftime("%Y%m%d-%H%M%S")
     return args.name or f"carracing-seed{args.seed}-{when}"
 
 
-def pick_device(name):
+def pick_device(name: str) -> torch.device:
     """The torch device for --device. Raises UsageError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
@@ -1420,7 +1452,7 @@ def pick_device(name):
 # Evaluation and films
 
 
-def summarize(results):
+def summarize(results: list[dict]) -> dict:
     """Figures of a set of rollouts, for evaluation.json."""
     returns = [result["return"] for result in results]
     spread = float(np.std(returns, ddof=1)) if len(returns) > 1 else 0.0
@@ -1434,15 +1466,15 @@ def summarize(results):
     }
 
 
-def evaluate(args, checkpoint, folder=None, workers=None):
+def evaluate(args: Args, checkpoint: dict, folder: Path | None = None, workers: Workers | None = None) -> None:
     """Drives a checkpoint in Gymnasium's own CarRacing-v3; writes evaluation.json and best_lap.mp4."""
     agent, here = Agent(args.controller_input, args.action_repeat, args.sample_z), describe_setting()
     load_weights(agent, checkpoint, args.evaluate or folder)
     if folder is None:
         note_differences(checkpoint["made_on"], here)
+        assert args.evaluate is not None
         folder = Path("runs") / f"{args.evaluate.stem}-carracing-{time.strftime('%Y%m%d-%H%M%S')}"
-    own = None if workers else Workers(min(args.workers or CORES, args.eval_episodes))
-    workers = workers or own
+    own, workers = not workers, workers or Workers(min(args.workers or CORES, args.eval_episodes))
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
     result = here | {"environment": "CarRacing-v3", "checkpoint": str(args.evaluate or folder / "best.pt")}
     result |= {"iteration": checkpoint["iteration"], "seeds": seeds}
@@ -1457,7 +1489,7 @@ def evaluate(args, checkpoint, folder=None, workers=None):
             print(f"{name}: {score} over {len(seeds)} tracks, {summary['finished']} finished", flush=True)
     finally:
         if own:
-            own.close()
+            workers.close()
     if RANK > 0:
         return
     print(f"gymnasium {here['gymnasium']}, box2d {here['box2d']}, seeds {seeds[0]} to {seeds[-1]}")
@@ -1471,18 +1503,18 @@ def evaluate(args, checkpoint, folder=None, workers=None):
 class Film(GymnasiumCarRacing):
     """Gymnasium's environment that writes every second frame, at full size, with the action drawn on it."""
 
-    def __init__(self, video):
+    def __init__(self, video: Any) -> None:
         super().__init__(render_mode="rgb_array")
         self.video, self.count = video, 0
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple:
         if self.count % 2 == 0:
-            self.video.append_data(draw_action(self.env.render(), action))
+            self.video.append_data(draw_action(np.asarray(self.env.render()), action))
         self.count += 1
         return super().step(action)
 
 
-def draw_action(picture, action):
+def draw_action(picture: np.ndarray, action: np.ndarray) -> np.ndarray:
     """The picture, uint8 (H, W, 3), with bars for steering (from the middle), gas (green) and brake (red)."""
     picture, (steer, gas, brake) = picture.copy(), np.clip(action, (-1, 0, 0), 1)
     picture[12:68, 12:144] = picture[12:68, 12:144] // 3
@@ -1495,7 +1527,7 @@ def draw_action(picture, action):
 
 
 @torch.no_grad()
-def film_lap(agent, seed, path):
+def film_lap(agent: Agent, seed: int, path: Path) -> None:
     """Drives a track once more, to film it: same seed, same controller, same lap."""
     import imageio.v2
 
@@ -1508,11 +1540,12 @@ def film_lap(agent, seed, path):
 
 
 @torch.no_grad()
-def film_dream(args, checkpoint):
+def film_dream(args: Args, checkpoint: dict) -> None:
     """Writes a film of reality, what V keeps of it and M's dream under the same actions; and a picture of V."""
     import imageio.v2
     import imageio.v3
 
+    assert args.dream is not None
     agent = Agent(args.controller_input, args.action_repeat, args.sample_z)
     load_weights(agent, checkpoint, args.dream)
     note_differences(checkpoint["made_on"], describe_setting())
@@ -1557,25 +1590,26 @@ CALL = ("resume", "evaluate", "dream", "stages", "workers", "eval_fast")  # belo
 OPEN = ("device", "rounds", "generations", "hours", "eval_episodes", "eval_seed", "eval_interval")  # to be changed
 
 
-def args_to_plain(args):
+def args_to_plain(args: Args) -> dict:
     """Args as plain values for JSON and checkpoints; what belongs to one call only is left out."""
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in CALL}
 
 
-def still_to_do(args, done):
+def still_to_do(args: Args, done: Sequence) -> list[tuple[int, str]]:
     """Rounds and stages that are not done, in order."""
     every = [(round_, stage) for round_ in range(1, args.rounds + 1) for stage in STAGES[:-1]]
     return [pair for pair in every if list(pair) not in done]
 
 
-def disk_need(args):
+def disk_need(args: Args) -> int:
     """Bytes of a run's footage, latents and checkpoints."""
     return args.rounds * args.collect_frames * (SIZE * SIZE * 3 + 4 * COLUMNS + 8 * LATENTS) + 200_000_000
 
 
-def check_args(args, done=()):
+def check_args(args: Args, done: Sequence = ()) -> Args:
     """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
-    limits = {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "tracks")}
+    limits: dict[str, tuple[float, float]] = {}
+    limits |= {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "tracks")}
     limits |= {name: (RANKS, np.inf) for name in ("vision_batch", "memory_batch")}
     limits |= {name: (1, np.inf) for name in ("dream_starts", "dream_steps", "validation_tracks")}
     limits |= {name: (0, np.inf) for name in ("vision_steps", "memory_steps", "dream_generations", "hours")}
@@ -1592,13 +1626,13 @@ def check_args(args, done=()):
     if args.evaluate or args.dream:
         return args
     to_do = [stage for _, stage in still_to_do(args, done)]
-    wanted = [stage for stage in STAGES if stage in args.stages]
-    missing = "controller" if wanted == ["evaluate"] and not any(stage == "controller" for _, stage in done) else None
-    if to_do and wanted[0] != "evaluate" and to_do[0] not in wanted:
+    chosen = [stage for stage in STAGES if stage in args.stages]
+    missing = "controller" if chosen == ["evaluate"] and not any(stage == "controller" for _, stage in done) else None
+    if to_do and chosen[0] != "evaluate" and to_do[0] not in chosen:
         missing = to_do[0]
     if missing:
-        stages = " ".join(stage for stage in STAGES if stage in (missing, *wanted))
-        raise UsageError(f"The stage {wanted[0]} needs {missing} first: type --stages {stages}.")
+        stages = " ".join(stage for stage in STAGES if stage in (missing, *chosen))
+        raise UsageError(f"The stage {chosen[0]} needs {missing} first: type --stages {stages}.")
     where = next(path for path in (Path("runs").absolute(), Path.cwd()) if path.exists())
     free, need = shutil.disk_usage(where).free / 1e9, disk_need(args) / 1e9
     if need > free and not done:
@@ -1607,7 +1641,7 @@ def check_args(args, done=()):
     return args
 
 
-def parse(argv):
+def parse(argv: list[str]) -> tuple[Args, Any]:
     """The command line as Args, and the checkpoint that is resumed or used, whose settings are the defaults."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     started = Path("runs") / default_name(args)
@@ -1632,7 +1666,7 @@ def parse(argv):
     return check_args(args, checkpoint.get("done", ())), checkpoint
 
 
-def main():
+def main() -> None:
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         # Keep freed memory instead of handing every large tensor back to the kernel: learning takes half the time.
         mallopt = ctypes.CDLL("libc.so.6").mallopt
