@@ -1028,10 +1028,7 @@ class Run:
         self.logger: Any = None
 
     def open_logs(self) -> None:
-        try:
-            self.logger = Logger(self.folder, self.args, self.iteration, self.iteration) if RANK == 0 else Silence()
-        except (ValueError, LookupError, TypeError) as error:
-            raise UsageError(f"{self.folder}/metrics.jsonl is damaged: move it away to go on without it.") from error
+        self.logger = Logger(self.folder, self.args, self.iteration, self.iteration) if RANK == 0 else Silence()
         for frames, score in self.state["scores"]:  # a resumed run's board has lost them
             self.logger.board.add_scalar("score_against_frames", score, frames)
 

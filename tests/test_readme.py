@@ -69,6 +69,13 @@ def test_the_rest_is_what_ci_runs():
     assert "./install.sh" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_links_lead_to_the_line_they_name():
+    for name, file, line in re.findall(r"\[`([^`]+)`\]\(([\w./]+)#L(\d+)\)", TEXT):
+        lines = (ROOT / file).read_text().splitlines()
+        found = [number for number, text in enumerate(lines, 1) if name in text]
+        assert int(line) in found, f"{name} is in {file} at {found}"
+
+
 OTHERS = "help logdir extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-endpoint"  # other programs'
 
 
