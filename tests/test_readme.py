@@ -54,8 +54,8 @@ def test_command(line, cwd):
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_python(cwd):
-    (block,) = (block for language, block in BLOCKS if language == "python")
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python(block, cwd):
     drive = "\nenv.reset(seed=1)\nprint(env.step(env.action_space.sample())[0].shape)"
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     finished = subprocess.run(
