@@ -25,7 +25,7 @@ LEARN = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-ti
 SHORTER = {
     "ppo_tuxkart.py": LEARN + RACES,
     "ppo_tuxkart.py --evaluate": RACES,
-    "worldmodel_carracing.py": [*DREAM, "--rounds", 1],
+    "worldmodel_carracing.py": [*DREAM, "--rounds", 1, "--validation-tracks", 1, *RACES],
     "worldmodel_carracing.py --evaluate": RACES,
     "worldmodel_carracing.py --dream": ["--max-frames", 60],
     "tests/bench/sampler.py": ["--num-envs", 2, "--steps", 8, "--rounds", 1],
@@ -61,7 +61,7 @@ def test_python(block, cwd):
     finished = subprocess.run(
         [sys.executable, "-c", block + drive], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert finished.stdout.strip() == "(6, 64, 64)", finished.stderr
+    assert "(6, 64, 64)" in finished.stdout.splitlines(), finished.stdout + finished.stderr
 
 
 def test_the_rest_is_what_ci_runs():
