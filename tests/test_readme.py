@@ -18,7 +18,8 @@ SCRIPTS = (ppo_tuxkart, ppo_tuxkart_resnet, worldmodel_carracing)
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
-CI = ["./install.sh", ".venv/bin/pip install -q -r tests/requirements.txt", ".venv/bin/pytest -q tests"]
+CI = ["./install.sh", ".venv/bin/pip install -q -r tests/requirements.txt"]
+CI += [".venv/bin/pytest -q -n 2 --dist loadfile tests"]
 
 RACES = ["--eval-episodes", 1]
 LEARN = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 64, "--eval-interval", 2]
