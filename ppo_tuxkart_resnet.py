@@ -1611,31 +1611,29 @@ def draw_map(geometry: TrackGeometry, races: list[dict], size: int = 600) -> np.
 
     Returns uint8 (size, size, 3).
     """
-    picture = np.full((size, size, 3), 255, np.uint8)
-    road = geometry.starts[:, [0, 2]]
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (size, size), "white")
+    pen, road = ImageDraw.Draw(picture), geometry.starts[:, [0, 2]]
     corner, scale = road.min(0) - 20, (size - 1) / (np.ptp(road, 0).max() + 40)
 
-    def dot(x: float, z: float, radius: float, color: int | tuple[float, ...]) -> None:
-        column, row = (np.array([x, z]) - corner) * scale
-        top, left = max(int(row - radius), 0), max(int(column - radius), 0)
-        window = picture[top : int(row + radius) + 2, left : int(column + radius) + 2]
-        rows, columns = np.ogrid[: window.shape[0], : window.shape[1]]
-        window[(rows + top - row) ** 2 + (columns + left - column) ** 2 <= radius**2] = color
+    def line(points: Sequence, color: tuple[int, ...], width: float = 2) -> None:
+        pixels = (np.array(points)[:, [0, 2]] - corner) * scale
+        pen.line(pixels.ravel().tolist(), color, round(width))
+        if width > 2:  # closes the joint
+            pen.ellipse([*(pixels[0] - width / 2), *(pixels[0] + width / 2)], color)
 
-    for start, vector, width in zip(geometry.starts, geometry.vectors, geometry.widths, strict=True):
-        for share in np.linspace(0, 1, 2 + int(np.hypot(vector[0], vector[2]))):
-            x, _, z = start + share * vector
-            dot(x, z, max(width / 2 * scale, 1), 210)
+    for start, end, width in zip(geometry.starts, geometry.ends, geometry.widths, strict=True):
+        line((start, end), (210, 210, 210), max(width * scale, 2))
     fastest = max([point[-1] for race in races for point in race["trail"]], default=1)
     for race in races:
-        for _, x, _, z, speed in race["trail"]:
-            dot(x, z, 1.2, (255 * speed / fastest, 60, 255 - 255 * speed / fastest))
-    ends = [race["trail"][-1] for race in races if race["trail"] and not race["finished"]]
-    for _, x, _, z, _ in ends:
-        for step in np.linspace(-5, 5, 21) / scale:
-            dot(x + step, z + step, 1, 0)
-            dot(x + step, z - step, 1, 0)
-    return picture[::-1]
+        for before, (_, x, y, z, speed) in zip(race["trail"], race["trail"][1:], strict=False):
+            line((before[1:4], (x, y, z)), (round(255 * speed / fastest), 60, round(255 - 255 * speed / fastest)))
+    for _, x, y, z, _ in [race["trail"][-1] for race in races if race["trail"] and not race["finished"]]:
+        arm = 5 / scale
+        line(((x - arm, y, z - arm), (x + arm, y, z + arm)), (0, 0, 0))
+        line(((x - arm, y, z + arm), (x + arm, y, z - arm)), (0, 0, 0))
+    return np.array(picture)[::-1]
 
 
 def summarize(races: list[dict]) -> dict:

@@ -129,6 +129,19 @@ def test_diagnostics():
     assert ppo_tuxkart.lap_correlation([(lap, lap) for lap in laps] + [(9.0, float("nan"))]) == pytest.approx(1)
     assert ppo_tuxkart.lap_correlation([(lap, lap) for lap in laps[:9]]) is None
     assert ppo_tuxkart.lap_correlation([(1.0, 50.0)] * 20) is None
+
+
+def test_the_map_shows_the_road_and_where_it_ended():
+    """A straight road of 100 m, driven to its middle ever faster: gray, from blue to red, and a black cross there."""
+    nodes = [[[0, 0, 0], [0, 0, 100]], [[0, 0, 100], [0, 0, 101]]]
+    geometry = ppo_tuxkart.TrackGeometry(nodes, [20.0, 20.0], [[0, 100], [100, 101]], 101.0)
+    race = {"trail": [(t, 0.0, 0.0, 5.0 * t, 2.0 * t) for t in range(11)], "finished": False}
+    picture = ppo_tuxkart.draw_map(geometry, [race], size=281)[::-1]  # 2 pixels a metre, from 20 m before the start
+    assert picture.shape == (281, 281, 3) and picture.dtype == np.uint8
+    assert picture[40 + 120, 40 + 10].tolist() == [210] * 3 and picture[40 + 120, 40 + 30].tolist() == [255] * 3
+    slow, fast = picture[40 + 12, 40].tolist(), picture[40 + 88, 40].tolist()
+    assert slow[2] > slow[0] and fast[0] > fast[2]
+    assert picture[40 + 100, 40].tolist() == [0, 0, 0]
     shares = ppo_tuxkart.action_shares([[0, 1], [2, 1], [2, 1], [2, 1]], {"steer": 3, "drift": 2})
     assert shares == {"steer": [0.25, 0.0, 0.75], "drift": [0.0, 1.0]}
 

@@ -30,6 +30,11 @@ def cpu_seconds(pids):
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def idle_seconds():
+    """Time that the machine's cores have been idle, all together, since it started."""
+    return int(Path("/proc/stat").read_text().split(maxsplit=5)[4]) / os.sysconf("SC_CLK_TCK")
+
+
 def megabytes(pid, key):
     """Memory of a process; 0 when it has gone.
 

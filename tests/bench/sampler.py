@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 import tyro
-from processes import cpu_seconds
+from processes import cpu_seconds, idle_seconds
 
 import ppo_tuxkart
 
@@ -94,11 +94,11 @@ def main(settings):
 
     sampler_pids = [process.pid for group in sampler.groups for process in group.processes]
     parties = {"bare game": bare_pids, "sampler's game": sampler_pids, "sampler's network": [os.getpid()]}
-    rates, off, episodes = {"bare": [], "sampler": []}, [], 0
+    rates, idle, off, episodes = {"bare": [], "sampler": []}, {"bare": 0.0, "sampler": 0.0}, [], 0
     for number in range(settings.rounds + 1):  # the first one warms up
-        started = time.perf_counter()
+        started, idle_before = time.perf_counter(), idle_seconds()
         episodes += len(sampler.collect(agent))
-        between = time.perf_counter()
+        between, idle_between = time.perf_counter(), idle_seconds()
         for i, pipe in enumerate(pipes):
             pipe.send((sampler.actions[:, i].tolist(), sampler.dones[:, i].tolist()))
         ends = [pipe.recv() for pipe in pipes]
@@ -110,6 +110,8 @@ def main(settings):
         else:
             rates["sampler"].append(settings.num_envs * settings.steps / (between - started))
             rates["bare"].append(settings.num_envs * settings.steps / (ended - between))
+            idle["sampler"] += (idle_between - idle_before) / (between - started)
+            idle["bare"] += (idle_seconds() - idle_between) / (ended - between)
     if max(off) > 1e-3:
         sys.exit(f"The bare games are {max(off):.3f} m from where the sampler's are: not the same work, so no figure.")
 
@@ -120,6 +122,7 @@ def main(settings):
         "ratio": statistics.median(s / b for s, b in zip(rates["sampler"], rates["bare"], strict=True)),
         "rates": rates,
         "episodes": episodes,
+        "idle_share": {name: seconds / settings.rounds / os.cpu_count() for name, seconds in idle.items()},
         "cpu_ms_per_decision": {party: (cpu_seconds(pids) - used[party]) * scale for party, pids in parties.items()},
         "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items()},
         "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
@@ -130,6 +133,7 @@ def main(settings):
         print(f"{name:8}{result[name]:7.0f}   {' '.join(f'{rate:.0f}' for rate in rates[name])}")
     print(f"ratio   {result['ratio']:7.3f}   median of the rounds' own ratios; {episodes} episodes ended")
     print("CPU ms/decision: " + ", ".join(f"{k} {v:.2f}" for k, v in result["cpu_ms_per_decision"].items()))
+    print("idle: " + ", ".join(f"{name} {share:.1%}" for name, share in result["idle_share"].items()))
     for pipe in pipes:
         pipe.send(None)
     sampler.close()
