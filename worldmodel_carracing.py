@@ -746,8 +746,13 @@ class CMAES:
         return {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
     def restore(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.numpy().copy() if isinstance(value, torch.Tensor) else value)
+        """Takes over what `state` gave. Raises ValueError and the like where that is no state of a search like this."""
+        for name in self.STATE:
+            own, value = getattr(self, name), state[name]
+            value = value.numpy().copy() if isinstance(value, torch.Tensor) else value
+            if np.shape(value) != np.shape(own) or not np.isfinite(value).all():
+                raise ValueError(f"{name} is no state of this search")
+            setattr(self, name, value)
 
 
 @torch.no_grad()
@@ -898,7 +903,7 @@ def load_checkpoint(path: Path) -> dict:
         kinds = {field.name: field.type for field in dataclasses.fields(Args)}
         whole = all(name in kinds and fits(value, kinds[name]) for name, value in checkpoint["args"].items())
         whole &= isinstance(checkpoint["made_on"], dict) and isinstance(checkpoint["iteration"], int)
-        whole &= "agent" in checkpoint
+        whole &= "agent" in checkpoint and all(stage in STAGES for _, stage in checkpoint.get("done", ()))
     except Exception as error:
         raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
     if not whole:
@@ -1018,14 +1023,31 @@ class Run:
         if checkpoint:
             note_differences(checkpoint["made_on"], self.made_on)
             load_weights(self.agent, checkpoint, folder)
-            if missing := {"optimizer", *self.state} - checkpoint.keys():
-                raise UsageError(f"{folder}/last.pt lacks {min(missing)}: type the folder of a run that can go on.")
-            self.iteration, self.saved_optimizer = checkpoint["iteration"], checkpoint["optimizer"]
-            self.state = {key: checkpoint[key] for key in self.state}
+            self.iteration = checkpoint["iteration"]
+            try:
+                self.saved_optimizer, self.state = checkpoint["optimizer"], {k: checkpoint[k] for k in self.state}
+                self.check_state()
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise UsageError(f"{folder}/last.pt cannot be resumed: type --name to start anew.") from error
         self.agent.to(device)
         self.workers, self.replaced = Workers(args.workers or CORES), self.state["replaced"]
         self.tqdm, self.clock = functools.partial(tqdm, disable=RANK > 0), time.time()
         self.logger: Any = None
+
+    def check_state(self) -> None:
+        """Raises ValueError and the like where a checkpoint's state is none."""
+        kinds: dict[str, Any] = {"done": list, "step": int, "frames": int, "elapsed": float, "collected": int}
+        kinds |= {"best": float | None, "scores": list, "stage_best": dict | None, "search": dict | None}
+        kinds["replaced"] = int
+        if not all(fits(self.state[key], kind) for key, kind in kinds.items()):
+            raise ValueError("a value of the wrong type")
+        if not all(fits(frames, int) and fits(score, float) for frames, score in self.state["scores"]):
+            raise ValueError("no scores")
+        if best := self.state["stage_best"]:
+            if best["controller"].shape != self.agent.controller.shape or not best["score"] + best["sigma"] < math.inf:
+                raise ValueError("no controller")
+        if self.state["search"]:
+            CMAES(np.zeros(self.agent.controller.numel()), 1.0, self.args.population).restore(self.state["search"])
 
     def open_logs(self) -> None:
         self.logger = Logger(self.folder, self.args, self.iteration, self.iteration) if RANK == 0 else Silence()
@@ -1070,7 +1092,10 @@ class Run:
     def start_optimizer(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=lr)
         if self.saved_optimizer and self.state["step"]:
-            self.optimizer.load_state_dict(self.saved_optimizer)
+            try:
+                self.optimizer.load_state_dict(self.saved_optimizer)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise UsageError(f"{self.folder}/last.pt cannot be resumed: type --name to start anew.") from error
         self.saved_optimizer = None
 
     def descend(self, losses: list[Tensor] | tuple[Tensor, ...], most: float = math.inf) -> Tensor:
@@ -1606,20 +1631,22 @@ def disk_need(args: Args) -> int:
 def check_args(args: Args, done: Sequence = ()) -> Args:
     """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
     limits: dict[str, tuple[float, float]] = {}
-    limits |= {name: (1, np.inf) for name in ("rounds", "eval_episodes", "eval_interval", "tracks")}
+    limits |= {name: (1, np.inf) for name in ("eval_interval", "tracks")}
     limits |= {name: (RANKS, np.inf) for name in ("vision_batch", "memory_batch")}
     limits |= {name: (1, np.inf) for name in ("dream_starts", "dream_steps", "validation_tracks")}
     limits |= {name: (0, np.inf) for name in ("vision_steps", "memory_steps", "dream_generations", "hours")}
     limits |= {name: (1, np.inf) for name in ("first_generations", "generations")}
-    limits |= {"seed": (0, 70), "action_repeat": (1, 10), "population": (4, np.inf), "max_frames": (60, 1000)}
-    limits["eval_seed"] = (0, 900_000)  # the tracks to learn on come after
+    limits |= {"seed": (0, 70), "action_repeat": (1, 10), "population": (4, 10_000), "max_frames": (60, 1000)}
+    limits |= {"rounds": (1, 100), "eval_seed": (0, 900_000), "eval_episodes": (1, 100_000)}  # then tracks to learn on
     limits |= {"collect_frames": (100, np.inf), "vision_lr": (0, 1), "memory_lr": (0, 1), "sigma": (1e-6, 10)}
     limits |= {"temperature": (0.01, 10), "dream_dropout": (0, 0.99)} | ({"workers": (1, 1024)} if args.workers else {})
     for name, (least, most) in limits.items():
         value, flag = getattr(args, name), name.replace("_", "-")
-        if not least <= value <= most:
+        if not least <= value <= most or value == math.inf:
             wanted = f"{least} or more" if most == np.inf else f"a number from {least:.4g} to {most}"
             raise UsageError(f"--{flag} is {value}: type {wanted}.")
+    if not args.stages:
+        raise UsageError(f"--stages names none: type some of {' '.join(STAGES)}, or leave it out.")
     if args.evaluate or args.dream:
         return args
     to_do = [stage for _, stage in still_to_do(args, done)]

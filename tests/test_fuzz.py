@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import ppo_tuxkart
 import ppo_tuxkart_resnet
+import worldmodel_carracing
 
-SCRIPTS = pytest.mark.parametrize("script", [ppo_tuxkart, ppo_tuxkart_resnet])
+SCRIPTS = pytest.mark.parametrize("script", [ppo_tuxkart, ppo_tuxkart_resnet, worldmodel_carracing])
 TRIES = functools.partial(settings, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 VALUES = st.one_of(
@@ -69,6 +70,8 @@ def checkpoint(request):
     """A whole checkpoint, as a dict, that `--evaluate` accepts."""
     script = request.getfixturevalue("script")
     args = script.Args()
+    if script is worldmodel_carracing:
+        return dream_checkpoint(args)
     if script is ppo_tuxkart_resnet:
         args = script.complete(args)
     made_on = script.describe_setting(args)
@@ -81,6 +84,23 @@ def checkpoint(request):
     whole |= {"optimizer": optimizer.state_dict(), "elapsed": 1.0, "best": None, "recent": [], "graduate": None}
     whole |= {"lesson": {"cap": None, "passed": None, "increment": None}, "scaler": {}, "reached": []}
     return whole | {"ranks": [{"episodes": [], "memory": {}, "rng": torch.get_rng_state(), "cuda_rng": None}]}
+
+
+def dream_checkpoint(args):
+    wm = worldmodel_carracing
+    agent, search = wm.Agent("zh"), wm.CMAES(torch.zeros(867).numpy(), 0.1, args.population)
+    whole = {"args": wm.args_to_plain(args), "made_on": wm.describe_setting(), "iteration": 1}
+    whole |= {"agent": agent.state_dict(), "optimizer": None, "done": [[1, stage] for stage in wm.STAGES[:3]]}
+    whole |= {
+        "step": 70,
+        "frames": 1000,
+        "elapsed": 1.0,
+        "best": 3.0,
+        "scores": [[1000, 3.0]],
+        "search": search.state(),
+    }
+    best = {"score": 3.0, "controller": agent.controller, "sigma": 0.1}
+    return whole | {"stage_best": best, "collected": 0, "replaced": 0}
 
 
 class Evil:
@@ -128,15 +148,15 @@ def test_checkpoints_with_junk_in_them(script, checkpoint, tmp_path, monkeypatch
     path, seen = tmp_path / "last.pt", set()
     keys = [(key,) for key in checkpoint] + [("args", key) for key in checkpoint["args"]]
     keys += [("made_on", key) for key in checkpoint["made_on"]]
-    keys += [("optimizer", "state"), ("optimizer", "param_groups")]
+    keys += [(key, name) for key in ("optimizer", "search", "stage_best") for name in checkpoint.get(key) or ()]
 
     class Reached(Exception):
         pass
 
-    def sampler(*_):
+    def reached(*_):
         raise Reached  # the games come next
 
-    monkeypatch.setattr(script, "Sampler", sampler)
+    monkeypatch.setattr(script, "Workers" if script is worldmodel_carracing else "Sampler", reached)
 
     @TRIES(max_examples=100)
     @given(st.sampled_from(keys), JUNK, st.booleans())
@@ -151,6 +171,8 @@ def test_checkpoints_with_junk_in_them(script, checkpoint, tmp_path, monkeypatch
             args, loaded = script.parse(argv)
             if resumes:
                 script.train(args, loaded)
+            if script is worldmodel_carracing:
+                script.evaluate(args, loaded)
             here = script.describe_setting(args)
             agent = script.Agent(here["observation"], here["actions"]) if script is ppo_tuxkart else (
                 script.make_agent(args, here, torch.device("cpu"))

@@ -440,17 +440,18 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 # --- The command line
 
 MISTAKES = {
-    "--population 1": "--population is 1: type 4 or more",
+    "--population 1": "--population is 1: type a number from 4 to 10000",
     "--max-frames 2000": "from 60 to 1000",
     "--stages vision": "type --stages collect vision",
     "--stages evaluate": "type --stages controller evaluate",
     "--stages drive": "Invalid choice",
+    "--stages": "--stages names none: type some of collect vision",
     "--collect-frames 900000000000": "type a smaller --collect-frames",
     "--quick --temperature 0": "--temperature is 0.0",
     "--action-repeat 0": "--action-repeat is 0: type a number from 1 to 10",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
     "--dream text.pt": "text.pt is not a checkpoint",
-    "--evaluate foreign.pt": "foreign.pt is a checkpoint of another script",
+    "--evaluate foreign.pt": "foreign.pt is not a checkpoint of this script",
     "--resume runs/nothing": "There is no checkpoint runs/nothing/last.pt",
     "--no-such-flag": "Unrecognized",
 }

@@ -1,6 +1,6 @@
 """Runs a command and samples the memory of its first process once a minute.
 
-    python tests/bench/memory.py RESULT.json python ppo_tuxkart.py --track scotland
+python tests/bench/memory.py RESULT.json python ppo_tuxkart.py --track scotland
 """
 
 import json
