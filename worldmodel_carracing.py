@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
@@ -1024,15 +1024,21 @@ class Run:
             note_differences(checkpoint["made_on"], self.made_on)
             load_weights(self.agent, checkpoint, folder)
             self.iteration = checkpoint["iteration"]
-            try:
+            with self.resuming():
                 self.saved_optimizer, self.state = checkpoint["optimizer"], {k: checkpoint[k] for k in self.state}
                 self.check_state()
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise UsageError(f"{folder}/last.pt cannot be resumed: type --name to start anew.") from error
         self.agent.to(device)
         self.workers, self.replaced = Workers(args.workers or CORES), self.state["replaced"]
         self.tqdm, self.clock = functools.partial(tqdm, disable=RANK > 0), time.time()
         self.logger: Any = None
+
+    @contextlib.contextmanager
+    def resuming(self) -> Iterator[None]:
+        """Whatever goes wrong with a checkpoint's values is one sentence."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{self.folder}/last.pt cannot be resumed: type --name to start anew.") from error
 
     def check_state(self) -> None:
         """Raises ValueError and the like where a checkpoint's state is none."""
@@ -1092,10 +1098,8 @@ class Run:
     def start_optimizer(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], lr=lr)
         if self.saved_optimizer and self.state["step"]:
-            try:
+            with self.resuming():
                 self.optimizer.load_state_dict(self.saved_optimizer)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise UsageError(f"{self.folder}/last.pt cannot be resumed: type --name to start anew.") from error
         self.saved_optimizer = None
 
     def descend(self, losses: list[Tensor] | tuple[Tensor, ...], most: float = math.inf) -> Tensor:
@@ -1631,11 +1635,10 @@ def disk_need(args: Args) -> int:
 def check_args(args: Args, done: Sequence = ()) -> Args:
     """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
     limits: dict[str, tuple[float, float]] = {}
-    limits |= {name: (1, np.inf) for name in ("eval_interval", "tracks")}
-    limits |= {name: (RANKS, np.inf) for name in ("vision_batch", "memory_batch")}
+    limits |= {name: (1, np.inf) for name in ("eval_interval", "tracks", "first_generations", "generations")}
     limits |= {name: (1, np.inf) for name in ("dream_starts", "dream_steps", "validation_tracks")}
+    limits |= {name: (RANKS, np.inf) for name in ("vision_batch", "memory_batch")}
     limits |= {name: (0, np.inf) for name in ("vision_steps", "memory_steps", "dream_generations", "hours")}
-    limits |= {name: (1, np.inf) for name in ("first_generations", "generations")}
     limits |= {"seed": (0, 70), "action_repeat": (1, 10), "population": (4, 10_000), "max_frames": (60, 1000)}
     limits |= {"rounds": (1, 100), "eval_seed": (0, 900_000), "eval_episodes": (1, 100_000)}  # then tracks to learn on
     limits |= {"collect_frames": (100, np.inf), "vision_lr": (0, 1), "memory_lr": (0, 1), "sigma": (1e-6, 10)}
@@ -1674,13 +1677,10 @@ def parse(argv: list[str]) -> tuple[Args, Any]:
     path = args.evaluate or args.dream or (args.resume and args.resume / "last.pt")
     if not path:
         return check_args(tyro.cli(Args, args=argv, default=Args(**QUICK)) if args.quick else args), None
-    try:
-        checkpoint = load_checkpoint(path)
-        default = Args(**checkpoint["args"])
-        saved = args_to_plain(default)
-        args = tyro.cli(Args, args=argv, default=default)
-    except (AttributeError, TypeError, LookupError) as error:  # it has the right keys and wrong contents
-        raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
+    checkpoint = load_checkpoint(path)
+    default = Args(**checkpoint["args"])
+    saved = args_to_plain(default)
+    args = tyro.cli(Args, args=argv, default=default)
     changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name not in OPEN]
     learnt = [name for name in ("action_repeat", "controller_input") if name in changed]
     if args.resume and changed or learnt:

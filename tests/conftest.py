@@ -58,14 +58,24 @@ def start_and_signal(number, rows, folder, *args, cwd, game=False, script="ppo_t
         command(script, *args), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     file = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 600
-    while not (file.exists() and file.read_bytes().count(b"\n") >= rows):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.02)
+    wait_for(lambda: lines_of(file) >= rows, process, 600)
     started = children(process.pid)
     os.kill(started[0] if game else process.pid, number)
     output = process.communicate(timeout=60)[0]
     return process, output, started
+
+
+def lines_of(file):
+    """How many lines a file has; none while there is no such file."""
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def wait_for(condition, process, seconds=300):
+    """Waits until something is so while a process runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
 
 
 def children(pid):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import ROOT, SIGKILL, alive, children, command, metrics, run, start_and_signal
+from conftest import ROOT, SIGKILL, alive, children, command, lines_of, metrics, run, start_and_signal, wait_for
 
 import ppo_tuxkart
 
@@ -219,13 +219,6 @@ def test_a_full_disk_and_a_vanished_folder_are_one_sentence(tmp_path):
     assert len(games) == 2 and not alive(games)
 
 
-def wait_for(condition, process):
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-
-
 def test_a_line_that_a_full_disk_cut_off_is_dropped(tmp_path):
     rows = [json.dumps({"iteration": n, "charts/SPS": 1.0}) for n in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"iteration": 2, "char')
@@ -278,7 +271,7 @@ def test_torchrun_restarts_from_the_last_checkpoint_when_a_rank_is_killed(tmp_pa
         torchrun(*settings), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     rows = folder / "metrics.jsonl"
-    wait_for(lambda: rows.exists() and rows.read_text().count("\n") >= 3, process)
+    wait_for(lambda: lines_of(rows) >= 3, process)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], SIGKILL)
@@ -316,7 +309,7 @@ def test_nothing_listens_and_nothing_leaves_the_machine(tmp_path):
     try:
         rows = tmp_path / "runs" / "private" / "metrics.jsonl"
         seen, deadline = [], time.monotonic() + 300
-        while not (rows.exists() and rows.read_text().count("\n") >= 2):
+        while lines_of(rows) < 2:
             assert process.poll() is None and time.monotonic() < deadline
             games = children(process.pid)
             seen += [line for pid in (process.pid, *games) for line in internet_sockets(pid)]

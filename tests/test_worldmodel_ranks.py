@@ -5,13 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, children, lines_of, run, wait_for
 from test_worldmodel import LEARN, SMALL, rows_of
 
 SCRIPT = {"script": "worldmodel_carracing"}
@@ -32,7 +31,7 @@ def finish(ranks, *args, cwd):
 
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory):
-    """A working folder with the run `alone`, on one rank, and copies of it before each stage: `before-<stage>`."""
+    """A working folder with the run `alone`, on one rank, and copies of it after each stage: `after-<stage>`."""
     cwd = tmp_path_factory.mktemp("ranks")
     alone = cwd / "runs" / "alone"
     for number, stage in enumerate(LEARN):
@@ -89,12 +88,10 @@ def test_a_killed_rank_is_started_again_and_goes_on(victim, cwd, tmp_path):
         torchrun(2, "--resume", folder, "--stages", "controller", "--workers", 1, restarts=2),
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    already = (folder / "metrics.jsonl").read_bytes().count(b"\n")
-    while (folder / "metrics.jsonl").read_bytes().count(b"\n") < already + 3:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {rank_of(child): int(child) for child in children}
+    file = folder / "metrics.jsonl"
+    already = lines_of(file)
+    wait_for(lambda: lines_of(file) >= already + 3, process)
+    ranks = {rank_of(child): child for child in children(process.pid)}
     os.kill(ranks[victim], signal.SIGKILL)
     output = process.communicate(timeout=1200)[0]
     assert process.returncode == 0, output
@@ -113,11 +110,8 @@ def test_a_new_run_that_fails_under_torchrun_resumes_itself(tmp_path):
         torchrun(2, *flags, restarts=1), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     file = tmp_path / "runs" / "again" / "metrics.jsonl"
-    while not file.exists() or file.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    wait_for(lambda: lines_of(file) >= 4, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     output = process.communicate(timeout=1200)[0]
     assert process.returncode == 0, output
     assert last(file.parent)["done"] == [[1, "collect"], [1, "vision"]]

@@ -3,6 +3,7 @@
 The loop is the one that searches a controller: environment, V, M and C, in one process for each core. It is timed over
 FastCarRacing and over Gymnasium's own CarRacing-v3, in turns so that both meet the same machine; then the dream's steps
 on all cores, and the time that each part of the fast loop takes. Weights are random: they cost what learnt ones cost.
+Gymnasium's environment draws every frame; FastCarRacing only those that somebody sees, one for each action.
 """
 
 import argparse
