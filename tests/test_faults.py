@@ -1,5 +1,6 @@
 """What a night of training brings: games that die or hang, numbers that are none, full disks, foreign files, ranks."""
 
+import faulthandler
 import functools
 import json
 import math
@@ -27,6 +28,7 @@ SMALL = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs",
 
 @pytest.fixture
 def games():
+    faulthandler.disable()  # the games inherit it, and what it writes about one that is killed would fill the log
     opened = ppo_tuxkart.Games([functools.partial(ppo_tuxkart.TuxKartEnv, random_start=0.5, max_seconds=5.0)] * 2)
     opened.ask("reset", {i: {"seed": 7 + i} for i in range(2)})
     yield opened
