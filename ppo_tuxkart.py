@@ -938,8 +938,10 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Adam, batch: dict[str, Tenso
 # Sampling
 
 
-def play(make_env: Callable[[], TuxKartEnv], index: int, pipe: Connection, newest: Any, last: Any) -> None:
-    """A game process: does what the pipe asks for, and answers (True, result) or (False, why not).
+def play(
+    make_env: Callable[[], TuxKartEnv], index: int, inbox: Connection, outbox: Connection, newest: Any, last: Any
+) -> None:  # fmt: skip
+    """A game process: does what the inbox asks for, and answers (True, result) or (False, why not).
 
     newest, last: shared memory for the newest pictures of all games, and for those that their last episode ended with.
     """
@@ -947,7 +949,7 @@ def play(make_env: Callable[[], TuxKartEnv], index: int, pipe: Connection, newes
     shape = (-1, *env.observation_space.shape)
     newest, last = (np.frombuffer(memory, np.uint8).reshape(shape)[index] for memory in (newest, last))
     while True:
-        command, argument = pipe.recv()
+        command, argument = inbox.recv()
         result: Any = None
         try:
             if command == "step":
@@ -964,9 +966,9 @@ def play(make_env: Callable[[], TuxKartEnv], index: int, pipe: Connection, newes
             else:
                 result = getattr(env, argument)
         except Exception as error:
-            pipe.send((False, f"{type(error).__name__}: {error}"))
+            outbox.send((False, f"{type(error).__name__}: {error}"))
             return
-        pipe.send((True, result))
+        outbox.send((True, result))
 
 
 class Games:
@@ -991,7 +993,8 @@ class Games:
         self._settings: dict[str, Any] = {}
         self._asked: dict[int, tuple[str, Any]] = {}
         self.processes: list[Any] = [None] * count
-        self._pipes: list[Any] = [None] * count
+        self._questions: list[Any] = [None] * count
+        self._answers: list[Any] = [None] * count
         for i in range(count):
             self._start(i)
 
@@ -999,23 +1002,27 @@ class Games:
         return len(self.processes)
 
     def _start(self, i: int) -> None:
-        self._pipes[i], theirs = multiprocessing.Pipe()
-        arguments = (self.make_envs[i], i, theirs, *self._memory)
+        # One pipe for each direction: a two-way one wakes a game once more, for nothing, whenever its answer is read.
+        inbox, self._questions[i] = multiprocessing.Pipe(duplex=False)
+        self._answers[i], outbox = multiprocessing.Pipe(duplex=False)
+        arguments = (self.make_envs[i], i, inbox, outbox, *self._memory)
         self.processes[i] = multiprocessing.Process(target=play, args=arguments, daemon=True)
         self.processes[i].start()
-        theirs.close()
+        inbox.close()
+        outbox.close()
 
     def _end(self, i: int) -> None:
         self.processes[i].kill()
         self.processes[i].join()
-        self._pipes[i].close()
+        self._questions[i].close()
+        self._answers[i].close()
 
     def send(self, command: str, arguments: dict[int, Any]) -> None:
         """Asks games for something; arguments: {game: argument}. `receive` must follow."""
         self._asked = {i: (command, argument) for i, argument in arguments.items()}
         for i, question in self._asked.items():
             with contextlib.suppress(OSError):  # that it is dead shows when it should answer
-                self._pipes[i].send(question)
+                self._questions[i].send(question)
 
     def receive(self) -> dict[int, Any]:
         """The answers to `send`, {game: answer}. Raises RunError when one game is lost again and again.
@@ -1029,8 +1036,8 @@ class Games:
         for i, question in self._asked.items():
             pause = max(1.0, deadline - time.monotonic()) / 2
             try:  # poll twice, because while the whole program was suspended the time ran on
-                heard = self._pipes[i].poll(pause) or self._pipes[i].poll(pause)
-                fine, answer = self._pipes[i].recv() if heard else (False, f"did not answer for {timeout:.0f} s")
+                heard = self._answers[i].poll(pause) or self._answers[i].poll(pause)
+                fine, answer = self._answers[i].recv() if heard else (False, f"did not answer for {timeout:.0f} s")
             except (EOFError, OSError):
                 self.processes[i].join(1)
                 fine, answer = False, f"ended with exit code {self.processes[i].exitcode}"
