@@ -1816,6 +1816,7 @@ def parse(argv: list[str]) -> tuple[Args, Any]:
         return check_args(args), None
     checkpoint = load_checkpoint(path)
     saved = Args(**checkpoint["args"])
+    saved.init_from = saved.init_from and Path(saved.init_from)
     if args.evaluate:
         saved.speed_cap = checkpoint["made_on"].get("speed_cap")
     args = tyro.cli(Args, args=argv, default=saved)

@@ -35,7 +35,9 @@ SHORTER = {
 
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory):
-    return tmp_path_factory.mktemp("readme")
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "pretrained").symlink_to(ROOT / "pretrained")
+    return folder
 
 
 def newest_run(cwd):
@@ -82,7 +84,7 @@ OTHERS = "help logdir dist extra-index-url standalone nproc-per-node max-restart
 
 def test_what_the_readme_names_exists():
     """Files, tests (`...` stands for the rest of a name) and flags."""
-    for name in re.findall(r"(?:tests|docs)/[\w./-]*\w", TEXT):
+    for name in re.findall(r"(?:tests|docs|pretrained)/[\w./-]*\w", TEXT):
         assert list(ROOT.glob(f"{name}*")), name
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     for name in re.findall(r"`(test_\w+)", TEXT):

@@ -45,6 +45,13 @@ def curves(settings):
         steps, look = column("global_step", races) / 1e6, {"color": line.get_color(), "label": f"{label}, greedy"}
         rate.plot(steps, column("eval/finished", races) / run["eval_episodes"], "o", **look)
         laps.plot(steps, column("eval/median_lap", races), "o-", **look)
+    for path in settings.results.glob("pretrained-scotland.jsonl"):  # it goes on from seed 3
+        _, rows, column = load(path)
+        races = [row for row in rows if "eval/finished" in row]
+        steps = 1 + column("global_step", races) / 1e6
+        laps.plot(
+            steps, column("eval/median_lap", races), "o-", color=line.get_color(), mfc="white", label="its sequel"
+        )
     evaluations = [json.loads(path.read_text()) for path in settings.results.glob("scotland-seed*.evaluation.json")]
     if evaluations:
         laps.axhline(evaluations[0]["ai_median"], color="gray", linestyle="--", label="the game's AI")
@@ -54,7 +61,7 @@ def curves(settings):
             label = f"weight {run['vf_coef']:g}, step size {run['learning_rate']:g}"
             weights.plot(column("global_step", rows) / 1e6, column("charts/progress", rows), label=label)
     rate.set(xlabel="million decisions", ylabel="races finished", ylim=(0, 1.02))
-    laps.set(xlabel="million decisions", ylabel="median lap, greedy (s)")
+    laps.set(xlabel="million decisions", ylabel="median lap, greedy (s)", ylim=(46, 62))
     weights.set(xlabel="million decisions", ylabel="lap covered, sampled", ylim=(0, 1.02), title="value loss's weight")
     for axes in (rate, laps, weights):
         axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,24 @@
+"""The weights that come with the repository race as their evaluation says."""
+
+import json
+
+import pytest
+from conftest import INSTALLED, ROOT, run
+
+import ppo_tuxkart
+
+
+@pytest.mark.parametrize("weights", sorted((ROOT / "pretrained").glob("*.pt")), ids=lambda path: path.stem)
+def test_weights_race_as_their_evaluation_says(weights, tmp_path):
+    said = json.loads((ROOT / "tests/bench/results" / f"pretrained-{weights.stem}.evaluation.json").read_text())
+    assert weights.stat().st_size < 3_000_000
+    assert not any(str(value).startswith("/") for value in ppo_tuxkart.load_checkpoint(weights)["args"].values())
+    if said["engine"] not in INSTALLED:
+        pytest.skip(f"{said['engine']} is not installed")
+    finished = run("--evaluate", weights, "--eval-episodes", 3, "--engine", said["engine"], cwd=tmp_path)
+    assert finished.returncode == 0 and "Warning" not in finished.stderr, finished.stderr
+    (file,) = (tmp_path / "runs").glob("*/evaluation.json")
+    result = json.loads(file.read_text())
+    assert result["finished"] == 3 and said["finished"] == 20
+    assert result["lap_times"] == pytest.approx(said["lap_times"][:3], abs=2.0)  # another CPU rounds otherwise
+    assert result["ai_lap_times"] == pytest.approx(said["ai_lap_times"][:3], abs=0.02)
