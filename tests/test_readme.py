@@ -79,7 +79,8 @@ def test_links_lead_to_the_line_they_name():
         assert int(line) in found, f"{name} is in {file} at {found}"
 
 
-OTHERS = "checkpoint help logdir dist extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-endpoint"  # others
+# flags of other programs and of the measurements
+OTHERS = "checkpoint help logdir dist extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-endpoint"
 
 
 def test_what_the_readme_names_exists():
