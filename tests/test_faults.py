@@ -33,6 +33,7 @@ def games():
     opened.ask("reset", {i: {"seed": 7 + i} for i in range(2)})
     yield opened
     opened.close()
+    faulthandler.enable(sys.__stderr__)
 
 
 def actions(count):
