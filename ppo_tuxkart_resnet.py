@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -423,10 +424,9 @@ class TrackGeometry:
         track width there.
         """
         relative = np.asarray(point, np.float64)[:, None] - self._starts
-        share = np.einsum("is,is->s", relative, self._shares)
-        np.minimum(np.maximum(share, 0, out=share), 1, out=share)
+        share = (relative * self._shares).sum(0).clip(0, 1)
         gap = relative - share * self._vectors
-        nearest = int(np.einsum("is,is->s", gap, gap).argmin())
+        nearest = int((gap * gap).sum(0).argmin())
         (x, _, z), share = gap[:, nearest].tolist(), float(share[nearest])
         (begin, end), heading = self.distances[nearest].tolist(), float(self.headings[nearest])
         offset = math.copysign(math.hypot(x, z), x * math.cos(heading) - z * math.sin(heading))
@@ -736,10 +736,10 @@ class TuxKartEnv(gym.Env):
         self._step(self._stk.Action())
 
     def _picture(self) -> np.ndarray:
-        """The newest picture, uint8 (3, height, width). A copy: the engine reuses its buffer."""
+        """The newest picture, uint8 (3, height, width), in the engine's own buffer: the next step draws over it."""
         if self.driver == "ai":
             return np.zeros((3, *self.size[::-1]), np.uint8)
-        return np.ascontiguousarray(np.asarray(self._race.render_data[0].image).transpose(2, 0, 1))
+        return np.asarray(self._race.render_data[0].image).transpose(2, 0, 1)
 
     def _place(self, location: Iterable[float], heading: float) -> None:
         """Puts the kart down at a location, facing `heading`, radians from +z towards +x."""
@@ -1254,7 +1254,7 @@ def play(
     shape = (-1, *env.observation_space.shape)
     newest, last = (np.frombuffer(memory, np.uint8).reshape(shape)[index] for memory in (newest, last))
     while True:
-        command, argument = inbox.recv()
+        command, argument = pickle.loads(inbox.recv_bytes())
         result: Any = None
         try:
             if command == "step":
@@ -1271,9 +1271,9 @@ def play(
             else:
                 result = getattr(env, argument)
         except Exception as error:
-            outbox.send((False, f"{type(error).__name__}: {error}"))
+            outbox.send_bytes(pickle.dumps((False, f"{type(error).__name__}: {error}")))
             return
-        outbox.send((True, result))
+        outbox.send_bytes(pickle.dumps((True, result)))
 
 
 class Games:
@@ -1327,7 +1327,7 @@ class Games:
         self._asked = {i: (command, argument) for i, argument in arguments.items()}
         for i, question in self._asked.items():
             with contextlib.suppress(OSError):  # that it is dead shows when it should answer
-                self._questions[i].send(question)
+                self._questions[i].send_bytes(pickle.dumps(question))
 
     def receive(self) -> dict[int, Any]:
         """The answers to `send`, {game: answer}. Raises RunError when one game is lost again and again.
@@ -1342,7 +1342,9 @@ class Games:
             pause = max(1.0, deadline - time.monotonic()) / 2
             try:  # poll twice, because while the whole program was suspended the time ran on
                 heard = self._answers[i].poll(pause) or self._answers[i].poll(pause)
-                fine, answer = self._answers[i].recv() if heard else (False, f"did not answer for {timeout:.0f} s")
+                fine, answer = False, f"did not answer for {timeout:.0f} s"
+                if heard:
+                    fine, answer = pickle.loads(self._answers[i].recv_bytes())
             except (EOFError, OSError):
                 self.processes[i].join(1)
                 fine, answer = False, f"ended with exit code {self.processes[i].exitcode}"
@@ -1552,9 +1554,10 @@ def run_races(
     results: dict[int, dict] = {}
     frames: dict[int, list[np.ndarray]] = {seed: [] for seed in list(seeds)[:keep_frames]}
     while len(results) < len(seeds):
-        starts = {i: waiting.popleft() for i in range(len(games)) if i not in racing and waiting}
-        racing |= starts
-        games.ask("reset", {i: {"seed": seed, "options": {"race": True}} for i, seed in starts.items()})
+        if waiting and len(racing) <= len(games) // 2:  # the others wait while tracks load, so several load at once
+            starts = {i: waiting.popleft() for i in range(len(games)) if i not in racing and waiting}
+            racing |= starts
+            games.ask("reset", {i: {"seed": seed, "options": {"race": True}} for i, seed in starts.items()})
         for i, seed in racing.items():
             if seed in frames:
                 newest = games.newest[i, -3:] if color == "rgb" else games.newest[i, -1:].repeat(3, 0)
@@ -1717,6 +1720,13 @@ def evaluate(args: Args, checkpoint: dict) -> None:
             geometry = games.get("geometry")[0]
         finally:
             games.close()
+        if name == "greedy":
+            folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder.mkdir(parents=True)
+            best = min(races[name], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
+            filmed = args, track, best["snapshot"], folder / "best_race.mp4"
+            film = multiprocessing.Process(target=film_race, args=filmed, daemon=True)
+            film.start()  # beside the other races
 
     result = here | {"checkpoint": str(args.evaluate), "iteration": checkpoint["iteration"], "seeds": seeds}
     result |= {name: summarize(races[name]) for name in drivers}
@@ -1725,8 +1735,6 @@ def evaluate(args: Args, checkpoint: dict) -> None:
     result["ratio"] = result["median"] / result["ai_median"] if result["median"] and result["ai_median"] else None
     actions = [action for race in races["greedy"] for action in race["snapshot"]["episodes"][-1]["actions"]]
     result["action_shares"] = action_shares(actions, action_sizes(args.actions, args.speeds))
-    folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
 
     print(f"{track}, {len(seeds)} races, {here['engine']} {here['engine_version']}, assets {here['assets']}")
@@ -1750,9 +1758,6 @@ def evaluate(args: Args, checkpoint: dict) -> None:
     print(f"never chosen: {', '.join(never) or 'nothing'}")
     imageio.v2.imwrite(folder / "map.png", draw_map(geometry, races["greedy"]))
     write_mosaic(races["greedy"], folder / "mosaic.mp4", 1 / args.step_size)
-    best = min(races["greedy"], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
-    film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], folder / "best_race.mp4"))
-    film.start()
     film.join()
     print(f"written to {folder}/: evaluation.json, map.png, best_race.mp4, mosaic.mp4 ({time.time() - started:.0f} s)")
 

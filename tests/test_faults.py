@@ -188,7 +188,7 @@ def run_on_a_full_disk(*args, cwd):
     return subprocess.run(command("ppo_tuxkart", *args), preexec_fn=limit_files, **settings)
 
 
-def test_a_full_disk_and_a_vanished_folder_are_one_sentence(tmp_path):
+def test_a_full_disk_a_locked_and_a_vanished_folder_are_one_sentence(tmp_path):
     folder = tmp_path / "runs" / "full"
     settings = [*SMALL, "--total-timesteps", 64, "--name", "full"]
     assert run(*settings, cwd=tmp_path).returncode == 0
@@ -207,6 +207,16 @@ def test_a_full_disk_and_a_vanished_folder_are_one_sentence(tmp_path):
     assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
     assert f"--resume {folder}" in stopped.stderr.splitlines()[-1]
     assert (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
+
+    lock = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    locked = ["unshare", "--mount", "sh", "-c", lock, folder]
+    if subprocess.run([*locked, "true"], capture_output=True).returncode == 0:  # it takes root
+        files = sorted(folder.iterdir())
+        settings = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
+        stopped = subprocess.run([*locked, *command("ppo_tuxkart", "--resume", folder)], **settings)
+        assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
+        assert "Read-only file system" in stopped.stderr.splitlines()[-1]
+        assert (folder / "last.pt").read_bytes() == before and sorted(folder.iterdir()) == files
 
     process = subprocess.Popen(
         command("ppo_tuxkart", *SMALL, "--total-timesteps", 100_000, "--name", "gone"),
