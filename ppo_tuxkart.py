@@ -67,7 +67,7 @@ class Args:
     num_envs: int = 16  # game processes; with torchrun, of every rank
     width: int = 64  # width of the picture, in pixels
     height: int = 64  # height of the picture, in pixels
-    frame_stack: int = 2  # pictures the network sees; one alone hides the speed
+    frame_stack: int = 2  # pictures the network sees, the newest last
     step_size: float = 0.15  # seconds of game time for which an action is held
     random_start: float = 0.5  # share of the episodes that start anywhere on the track instead of on the start line
     max_seconds: float = 150.0  # time limit of a race, in seconds of game time
