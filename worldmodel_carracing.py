@@ -102,7 +102,7 @@ class Args:
     dream_dropout: float = 0.1  # share of M's hidden state dropped before it foretells, so that C cannot exploit it
 
 
-QUICK: dict[str, Any] = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 400, "vision_lr": 1e-3}
+QUICK: dict[str, Any] = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 300, "vision_lr": 1e-3}
 QUICK |= {"memory_steps": 150, "population": 32, "tracks": 3, "first_generations": 16, "max_frames": 400}
 QUICK |= {"validation_tracks": 16, "dream_generations": 10, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
 
