@@ -53,7 +53,8 @@ environment=(HOME=/root LANG=C.UTF-8 PATH=/usr/sbin:/usr/bin:/sbin:/bin)
 host_network() {
     local name value path
     cp -L /etc/resolv.conf "$root/etc/resolv.conf"
-    echo '127.0.0.1 localhost' >"$root/etc/hosts" # which debootstrap leaves to Debian's installer; torchrun looks it up
+    # debootstrap leaves this to Debian's installer; torchrun looks both names up
+    printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$(uname -n)" >"$root/etc/hosts"
     apt-config dump --format '%F "%v";%n' Acquire | grep -E '^Acquire::(https?|Check-)' \
         >"$root/etc/apt/apt.conf.d/99host" || true
     for name in SSL_CERT_FILE {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY; do
