@@ -949,7 +949,7 @@ def play(
     shape = (-1, *env.observation_space.shape)
     newest, last = (np.frombuffer(memory, np.uint8).reshape(shape)[index] for memory in (newest, last))
     while True:
-        command, argument = pickle.loads(inbox.recv_bytes())
+        command, argument = pickle.loads(inbox.recv_bytes())  # recv and send pickle too, but several times as slowly
         result: Any = None
         try:
             if command == "step":
@@ -1326,6 +1326,14 @@ def film_race(args: Args, track: str, snapshot: dict, path: Path, width: int = 6
     env.close()
 
 
+def start_film(args: Args, track: str, races: list[dict], path: Path) -> multiprocessing.Process:
+    """A process of its own that films the best of the races, or the one that came furthest; to be joined."""
+    best = min(races, key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
+    film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], path), daemon=True)
+    film.start()
+    return film
+
+
 def write_mosaic(races: list[dict], path: Path, fps: float) -> None:
     """Up to 16 races side by side as mp4; a finished race stands still on its last picture."""
     import imageio.v2
@@ -1367,10 +1375,7 @@ def evaluate(args: Args, checkpoint: dict) -> None:
         if name == "greedy":
             folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder.mkdir(parents=True)
-            best = min(races[name], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
-            filmed = args, track, best["snapshot"], folder / "best_race.mp4"
-            film = multiprocessing.Process(target=film_race, args=filmed, daemon=True)
-            film.start()  # beside the other races
+            film = start_film(args, track, races[name], folder / "best_race.mp4")  # beside the other races
 
     result = here | {"checkpoint": str(args.evaluate), "iteration": checkpoint["iteration"], "seeds": seeds}
     result |= {name: summarize(races[name]) for name in drivers}

@@ -992,7 +992,7 @@ class Logger:
 
 
 class Silence:
-    """The logger of all ranks but the first: takes everything and writes nothing."""
+    """A logger or a bar that takes everything and writes nothing: the loggers of all ranks but the first."""
 
     def __getattr__(self, name: str) -> "Silence":
         return self
@@ -1031,6 +1031,7 @@ class Run:
         self.workers, self.replaced = Workers(args.workers or CORES), self.state["replaced"]
         self.tqdm, self.clock = functools.partial(tqdm, disable=RANK > 0), time.time()
         self.logger: Any = None
+        self.bar: Any = Silence()
 
     @contextlib.contextmanager
     def resuming(self) -> Iterator[None]:
@@ -1060,8 +1061,11 @@ class Run:
         for frames, score in self.state["scores"]:  # a resumed run's board has lost them
             self.logger.board.add_scalar("score_against_frames", score, frames)
 
-    def bar(self, round_: int, stage: str, total: int) -> Any:
-        return self.tqdm(total=total, initial=self.state["step"], desc=f"round {round_} {stage}", smoothing=0.05)
+    def start_bar(self, round_: int, stage: str, total: int) -> Any:
+        """The stage's bar, which `train` closes."""
+        where = f"round {round_} {stage}"
+        self.bar = self.tqdm(total=total, initial=self.state["step"], desc=where, smoothing=0.05)
+        return self.bar
 
     def log(self, scalars: dict, save: bool = True) -> None:
         """Writes a row of metrics and, as a rule, the checkpoint that goes with it."""
@@ -1141,7 +1145,7 @@ def stage_collect(run: Run, round_: int) -> None:
     footage.open(round_)
     controllers = run.agent.controller[None].cpu()
     run.workers.load(run.agent)
-    bar = run.bar(round_, "collect", args.collect_frames)
+    bar = run.start_bar(round_, "collect", args.collect_frames)
     batch = 32  # episodes at a time
     limit = min(300, args.max_frames) if round_ == 1 else args.max_frames
     while state["step"] < args.collect_frames:
@@ -1166,7 +1170,6 @@ def stage_collect(run: Run, round_: int) -> None:
         footage.pictures[-1].flush()
         footage.rows[-1].flush()
         run.save()
-    bar.close()
     gather(None)  # the other ranks learn from what rank 0 has written
     rows = footage.rows[-1]
     run.log({"collect/reward_per_frame": rows[:, 3].mean(), "collect/episodes": rows[:, 4].sum()}, save=False)
@@ -1180,7 +1183,7 @@ def learn(
     args, state, network = run.args, run.state, getattr(run.agent, stage)
     total, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
     run.start_optimizer(network.parameters(), lr)
-    bar, sums, every = run.bar(round_, stage, total), [], min(LOG_EVERY[stage], total // 10 or 1)
+    bar, sums, every = run.start_bar(round_, stage, total), [], min(LOG_EVERY[stage], total // 10 or 1)
     while state["step"] < total:
         run.optimizer.param_groups[0]["lr"] = lr * (1 - 0.9 * state["step"] / total)
         sums.append(run.descend(minibatch(run.randomness(round_, STAGES.index(stage), state["step"])), most))
@@ -1191,7 +1194,6 @@ def learn(
             sums = []
             bar.set_postfix({name: f"{values[name]:.3g}" for name in names[1:3]})
             run.log({f"{stage}/{name}": value for name, value in values.items()})
-    bar.close()
     run.end_learning(network)
 
 
@@ -1317,7 +1319,7 @@ def stage_controller(run: Run, round_: int) -> bool:
     run.workers.load(agent)
     dreamt = args.dream_generations if round_ == 1 and args.controller_input == "zh" else 0
     shape, total = agent.controller.shape, dreamt + (args.first_generations if round_ == 1 else args.generations)
-    bar = run.bar(round_, "controller", total)
+    bar = run.start_bar(round_, "controller", total)
 
     def candidates(vectors: np.ndarray) -> Tensor:
         return torch.from_numpy(vectors).float().view(-1, *shape)
@@ -1400,9 +1402,7 @@ def stage_controller(run: Run, round_: int) -> bool:
         state["search"] = search.state()
         run.log(metrics)
         if gather(state["elapsed"])[0] > 3600 * args.hours and state["step"] < total:
-            bar.close()
             return False
-    bar.close()
     agent.controller.copy_(state["stage_best"]["controller"])
     state["search"] = state["stage_best"] = None
     return True
@@ -1434,7 +1434,9 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         for round_, stage in still_to_do(args, run.state["done"]):
             if stage not in args.stages:
                 break
-            if STAGE_FUNCTIONS[stage](run, round_) is False:
+            finished = STAGE_FUNCTIONS[stage](run, round_)
+            run.bar.close()
+            if finished is False:
                 print(f"{args.hours:g} hours are over: type --resume {folder} --hours {2 * args.hours:g} to search on")
                 break
             run.state["done"].append([round_, stage])
@@ -1452,6 +1454,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     except Fault as error:
         raise Fault(f"{error} What was saved before is whole: {go_on} from there.") from error
     finally:
+        run.bar.close()  # before main's sentence, which is to be the last line
         with contextlib.suppress(OSError):  # of a disk that is full still
             if run.logger:
                 run.logger.close()
@@ -1715,7 +1718,7 @@ def main() -> None:
         code, sentence = 1, str(error)
     except KeyboardInterrupt:
         code = 130
-    if sentence:  # last, after the bars that the error has closed
+    if sentence:
         print(sentence, file=sys.stderr)
     if dist.is_initialized() and not code:
         dist.destroy_process_group()

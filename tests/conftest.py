@@ -37,9 +37,10 @@ def command(script, *args):
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
 
 
-def run(*args, cwd, script="ppo_tuxkart"):
-    """A finished run of a script: returncode, stdout, stderr."""
-    return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=900)
+def run(*args, cwd, script="ppo_tuxkart", before=(), **settings):
+    """A finished run of a script: returncode, stdout, stderr. before: words in front of the command."""
+    settings = {"capture_output": True, "text": True, "timeout": 900} | settings
+    return subprocess.run([*before, *command(script, *args)], cwd=cwd, **settings)
 
 
 def metrics(folder):

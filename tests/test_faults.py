@@ -184,8 +184,7 @@ def run_on_a_full_disk(*args, cwd):
     def limit_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))  # a checkpoint is larger
 
-    settings = {"cwd": cwd, "capture_output": True, "text": True, "timeout": 300}
-    return subprocess.run(command("ppo_tuxkart", *args), preexec_fn=limit_files, **settings)
+    return run(*args, cwd=cwd, preexec_fn=limit_files)
 
 
 def test_a_full_disk_a_locked_and_a_vanished_folder_are_one_sentence(tmp_path):
@@ -212,8 +211,7 @@ def test_a_full_disk_a_locked_and_a_vanished_folder_are_one_sentence(tmp_path):
     locked = ["unshare", "--mount", "sh", "-c", lock, folder]
     if subprocess.run([*locked, "true"], capture_output=True).returncode == 0:  # it takes root
         files = sorted(folder.iterdir())
-        settings = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
-        stopped = subprocess.run([*locked, *command("ppo_tuxkart", "--resume", folder)], **settings)
+        stopped = run("--resume", folder, cwd=tmp_path, before=locked)
         assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
         assert "Read-only file system" in stopped.stderr.splitlines()[-1]
         assert (folder / "last.pt").read_bytes() == before and sorted(folder.iterdir()) == files

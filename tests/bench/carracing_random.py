@@ -21,8 +21,8 @@ import torch  # noqa: E402
 import worldmodel_carracing as wm  # noqa: E402
 
 
-def drive_evenly(seed, repeat=2):
-    """Return of an episode of actions from the action space, each held for `repeat` frames."""
+def drive_evenly(seed, repeat):
+    """Result of an episode of actions from the action space, each held for `repeat` frames."""
     env = gym.make("CarRacing-v3")
     env.reset(seed=seed)
     env.action_space.seed(seed)
@@ -30,10 +30,10 @@ def drive_evenly(seed, repeat=2):
     while not over:
         if frame % repeat == 0:
             action = env.action_space.sample()
-        _, reward, terminated, truncated, _ = env.step(action)
+        _, reward, terminated, truncated, info = env.step(action)
         earned, frame, over = earned + float(reward), frame + 1, terminated or truncated
     env.close()
-    return {"return": earned, "frames": frame, "finished": False}
+    return {"return": earned, "frames": frame, "finished": bool(info.get("lap_finished", False))}
 
 
 def main():
@@ -49,7 +49,7 @@ def main():
     collecting = workers.drive(torch.zeros_like(agent.controller)[None], jobs, world="gymnasium")
     workers.close()
     result = {
-        "even": wm.summarize([drive_evenly(seed) for seed in seeds]),
+        "even": wm.summarize([drive_evenly(seed, agent.repeat) for seed in seeds]),
         "collecting": wm.summarize(collecting),
         "seeds": list(seeds),
         "versions": {name: importlib.metadata.version(name) for name in ("gymnasium", "numpy")},
