@@ -66,21 +66,21 @@ class Args:
     dream: Path | None = None  # checkpoint to film dreaming beside reality; no learning
     quick: bool = False  # settings for a run of minutes, where you type no others
     stages: tuple[Literal["collect", "vision", "memory", "controller", "evaluate"], ...] = STAGES  # stages to run now
-    rounds: int = 2  # times through the stages; from the second on, V and M see the controller's own driving
+    rounds: int = 4  # times through the stages; from the second on, V and M see the controller's own driving
     eval_episodes: int = 100  # tracks per evaluation
     eval_seed: int = 1000  # seed of the first evaluation track; the others follow
     eval_fast: bool = False  # evaluate in FastCarRacing as well, on the same tracks
-    eval_interval: int = 5  # generations between the mean controller's validations on fresh tracks
+    eval_interval: int = 10  # generations between the mean controller's validations on fresh tracks
     workers: int | None = None  # driving processes (default: one for each core)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn and dream; auto takes the GPU if there is one
 
     # collect, V and M
     action_repeat: int = 2  # frames that every action lasts, in learning and in scores alike
     collect_frames: int = 100_000  # pictures to collect in a round, one for each action
-    vision_steps: int = 3000  # minibatches of V in a round
+    vision_steps: int = 3000  # minibatches of V in the first round; in round r it takes 1/r of them
     vision_batch: int = 100  # pictures of V's minibatch
     vision_lr: float = 5e-4  # Adam's step size for V at the start of a round; it falls linearly to a tenth
-    memory_steps: int = 1500  # minibatches of M in a round; 0 leaves M untrained
+    memory_steps: int = 1500  # minibatches of M in the first round, as with V; 0 leaves M untrained
     memory_batch: int = 16  # episodes of M's minibatch
     memory_lr: float = 1e-3  # Adam's step size for M at the start of a round; it falls linearly to a tenth
 
@@ -89,13 +89,12 @@ class Args:
     sample_z: bool = False  # C and M see a sample of V's latents instead of their mean
     population: int = 64  # candidates of a generation
     tracks: int = 8  # tracks that every candidate of a generation drives, the same for all
-    first_generations: int = 40  # generations on real tracks in the first round, whose footage is of random driving
-    generations: int = 1000  # generations on real tracks in a later round, at most
+    generations: int = 1000  # generations on real tracks, at most; all of them in the last round
     hours: float = 7.4  # of learning, all calls together, after which the search rests; resume with more to go on
-    sigma: float = 0.1  # CMA-ES's step size at the start
+    sigma: float = 0.1  # CMA-ES's step size at the start; half of it in the later rounds
     max_frames: int = 1000  # frames after which a rollout ends
     validation_tracks: int = 64  # tracks that score the mean controller and choose best.pt
-    dream_generations: int = 60  # generations in the dream, before the real ones, in the first round
+    dream_generations: int = 40  # generations in the dream, in every round
     dream_starts: int = 16  # places from which every candidate dreams
     dream_steps: int = 150  # actions of a dream
     temperature: float = 1.15  # of the dream: above 1, the next latents are less certain than M believes
@@ -103,7 +102,7 @@ class Args:
 
 
 QUICK: dict[str, Any] = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 300, "vision_lr": 1e-3}
-QUICK |= {"memory_steps": 150, "population": 32, "tracks": 3, "first_generations": 16, "max_frames": 400}
+QUICK |= {"memory_steps": 150, "population": 32, "tracks": 3, "generations": 16, "max_frames": 400}
 QUICK |= {"validation_tracks": 16, "dream_generations": 10, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
 
 
@@ -1017,7 +1016,7 @@ class Run:
         self.footage = Footage(folder / "data", args.collect_frames)
         self.iteration, self.saved_optimizer = 0, None
         self.optimizer: Any = None
-        # done: rounds and stages; step: of the stage that is not; frames: driven to search; scores: (frames, score)
+        # done: rounds and stages; step: of the stage that is not; frames: driven so far; scores: (frames, score)
         self.state: dict[str, Any] = {"done": [], "step": 0, "frames": 0, "elapsed": 0.0, "best": None, "scores": []}
         self.state |= {"stage_best": None, "search": None, "collected": 0, "replaced": 0}
         if checkpoint:
@@ -1079,6 +1078,12 @@ class Run:
         self.logger.write(self.iteration, self.iteration, {key: float(value) for key, value in scalars.items()})
         if save:
             self.save()
+
+    def drive(self, controllers: Tensor, jobs: list[dict]) -> list[dict]:
+        """The results of `Workers.drive` in FastCarRacing, their frames counted."""
+        results = self.workers.drive(controllers, jobs, bar=self.bar)
+        self.state["frames"] += sum(result["frames"] for result in results)
+        return results
 
     def weights(self) -> dict:
         agent = {key: value.detach().cpu().clone() for key, value in self.agent.state_dict().items()}
@@ -1157,7 +1162,7 @@ def stage_collect(run: Run, round_: int) -> None:
             if round_ == 1 or episode % 3:
                 job["noise"] = (args.seed * 1000 + round_, 0 if round_ == 1 else episode % 3)
             jobs.append(job)
-        for result in run.workers.drive(controllers, jobs, bar=bar):
+        for result in run.drive(controllers, jobs):
             # Episodes count one by one, so that the footage does not depend on how many workers there are.
             room = slice(state["step"], min(state["step"] + len(result["rows"]), args.collect_frames))
             size = room.stop - room.start
@@ -1181,7 +1186,7 @@ def learn(
 ) -> None:
     """Fits V or M. `minibatch`, given a numpy generator, returns its losses, or what this rank's share adds to them."""
     args, state, network = run.args, run.state, getattr(run.agent, stage)
-    total, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
+    total, lr = getattr(args, f"{stage}_steps") // round_, getattr(args, f"{stage}_lr")
     run.start_optimizer(network.parameters(), lr)
     bar, sums, every = run.start_bar(round_, stage, total), [], min(LOG_EVERY[stage], total // 10 or 1)
     while state["step"] < total:
@@ -1238,9 +1243,11 @@ def stage_memory(run: Run, round_: int) -> None:
     """Fits M to the latents of all the footage, sampled anew in every minibatch."""
     run.footage.open(round_)
     latents, (episodes, rows) = encode_footage(run, round_), run.footage.episodes()
+    shares = episodes[:, 1] / len(rows)  # or the first round's many short episodes would be most of it
 
     def minibatch(chance: np.random.Generator) -> tuple[Tensor, ...]:
-        chosen, mine = episodes[chance.choice(len(episodes), run.args.memory_batch)], slice(RANK, None, RANKS)
+        chosen = episodes[chance.choice(len(episodes), run.args.memory_batch, p=shares)]
+        mine = slice(RANK, None, RANKS)
         frames = (chosen[:, 0] + np.arange(chosen[:, 1].max())[:, None]).clip(max=len(rows) - 1)  # (T, N)
         mu, logvar = torch.from_numpy(latents[frames[:, mine]]).to(run.device).chunk(2, -1)
         noise = torch.randn(2, *frames.shape, LATENTS)[:, :, mine].to(run.device)
@@ -1276,11 +1283,13 @@ def translate_controller(run: Run, round_: int) -> Tensor:
 
 
 def dream_starts(run: Run, round_: int, generation: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Real places to start a dream from: latents (S, 32) and M's states (1, S, 256) after up to 40 frames there."""
+    """Real places to start a dream from, all in the newest footage, since that is where the controller gets to: latents
+    (S, 32) and M's states (1, S, 256) after up to 40 frames there."""
     chance = run.randomness(round_, 4, generation)
     latents = encode_footage(run, round_)
     episodes, rows = run.footage.episodes()
-    chosen = episodes[chance.choice(len(episodes), run.args.dream_starts)]
+    newest = episodes[episodes[:, 0] >= len(rows) - run.footage.size]
+    chosen = newest[chance.choice(len(newest), run.args.dream_starts)]
     ends = chosen[:, 0] + (chance.random(len(chosen)) * chosen[:, 1]).astype(int)
     begins = np.maximum(chosen[:, 0], ends - 40)
     z = torch.zeros(41, len(chosen), LATENTS)
@@ -1299,12 +1308,12 @@ def dream_starts(run: Run, round_: int, generation: int) -> tuple[Tensor, tuple[
     return z[length, column].to(run.device), state
 
 
-def validate(run: Run, controller: Tensor, bar: Any) -> tuple[float, float]:
+def validate(run: Run, controller: Tensor) -> tuple[float, float]:
     """Scores a controller on the validation tracks, in FastCarRacing, without giving up."""
     args = run.args
     seeds = range(VALIDATION_TRACKS, VALIDATION_TRACKS + args.validation_tracks)
     jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
-    returns = [result["return"] for result in run.workers.drive(controller[None], jobs, bar=bar)]
+    returns = [result["return"] for result in run.drive(controller[None], jobs)]
     return float(np.mean(returns)), float(np.std(returns))
 
 
@@ -1312,13 +1321,13 @@ DREAMERS = 32  # controllers that dream at a time
 
 
 def stage_controller(run: Run, round_: int) -> bool:
-    """Searches C by CMA-ES, in the dream (first round) and then on real tracks; the mean is what counts and is kept."""
+    """Searches C by CMA-ES, in the dream and, in the last round, on real tracks. Its mean counts; the best is kept."""
     args, state, agent = run.args, run.state, run.agent
     run.footage.open(round_)
     agent.eval()
     run.workers.load(agent)
-    dreamt = args.dream_generations if round_ == 1 and args.controller_input == "zh" else 0
-    shape, total = agent.controller.shape, dreamt + (args.first_generations if round_ == 1 else args.generations)
+    dreamt = args.dream_generations if args.controller_input == "zh" else 0
+    shape, total = agent.controller.shape, dreamt + args.generations * (round_ == args.rounds)
     bar = run.start_bar(round_, "controller", total)
 
     def candidates(vectors: np.ndarray) -> Tensor:
@@ -1330,7 +1339,7 @@ def stage_controller(run: Run, round_: int) -> bool:
     def look(search: CMAES) -> dict[str, float]:
         """Validates the mean; the best of the stage is kept, and the best of the run written."""
         controller = candidates(search.mean[None])[0]
-        score, spread = validate(run, controller, bar)
+        score, spread = validate(run, controller)
         if state["stage_best"] is None or score > state["stage_best"]["score"]:
             state["stage_best"] = {"score": score, "controller": controller, "sigma": search.sigma}
         if state["best"] is None or score > state["best"]:
@@ -1377,11 +1386,9 @@ def stage_controller(run: Run, round_: int) -> bool:
                 for seed in seeds
                 for candidate in range(args.population)
             ]
-            results = run.workers.drive(candidates(vectors), jobs, bar=bar)
+            driven, results = state["frames"], run.drive(candidates(vectors), jobs)
             returns = np.array([result["return"] for result in results]).reshape(args.tracks, -1).mean(0)
-            driven = sum(result["frames"] for result in results)
-            state["frames"] += driven
-            rate = driven / (time.time() - started)
+            rate = (state["frames"] - driven) / (time.time() - started)
         if not np.isfinite(returns).all():
             raise Fault(f"A return of generation {generation} is not finite.")
         search.tell(-returns)
@@ -1392,7 +1399,8 @@ def stage_controller(run: Run, round_: int) -> bool:
         metrics = {f"{kind}/return_mean": returns.mean(), f"{kind}/return_best": returns.max()}
         metrics |= {f"{kind}/frames_per_second": rate, "search/sigma": search.sigma}
         metrics |= {"search/longest_axis": search.scales.max(), "search/shortest_axis": search.scales.min()}
-        if state["step"] % args.eval_interval == 0 or state["step"] in (dreamt, total):
+        over = gather(state["elapsed"] + time.time() - run.clock)[0] > 3600 * args.hours and state["step"] < total
+        if state["step"] % args.eval_interval == 0 or state["step"] in (dreamt, total) or over:
             metrics |= look(search)
             run.logger.board.add_histogram("search/axes", search.scales, run.iteration + 1)
         if state["step"] == dreamt:  # the dream's word is not taken: reality chooses where the real search begins
@@ -1401,7 +1409,7 @@ def stage_controller(run: Run, round_: int) -> bool:
             search = start_search(mean, start["sigma"])
         state["search"] = search.state()
         run.log(metrics)
-        if gather(state["elapsed"])[0] > 3600 * args.hours and state["step"] < total:
+        if over:
             return False
     agent.controller.copy_(state["stage_best"]["controller"])
     state["search"] = state["stage_best"] = None
@@ -1638,7 +1646,7 @@ def disk_need(args: Args) -> int:
 def check_args(args: Args, done: Sequence = ()) -> Args:
     """Everything that can be known to be wrong before a process starts. Returns args; raises UsageError."""
     limits: dict[str, tuple[float, float]] = {}
-    limits |= {name: (1, np.inf) for name in ("eval_interval", "tracks", "first_generations", "generations")}
+    limits |= {name: (1, np.inf) for name in ("eval_interval", "tracks", "generations")}
     limits |= {name: (1, np.inf) for name in ("dream_starts", "dream_steps", "validation_tracks")}
     limits |= {name: (RANKS, np.inf) for name in ("vision_batch", "memory_batch")}
     limits |= {name: (0, np.inf) for name in ("vision_steps", "memory_steps", "dream_generations", "hours")}

@@ -324,7 +324,7 @@ def test_giving_up_costs_what_standing_still_costs():
 
 LEARN = ("collect", "vision", "memory", "controller")
 SMALL = ["--collect-frames", 300, "--vision-steps", 30, "--vision-batch", 20, "--memory-steps", 20]
-SMALL += ["--memory-batch", 4, "--population", 6, "--tracks", 1, "--first-generations", 3, "--generations", 3]
+SMALL += ["--memory-batch", 4, "--population", 6, "--tracks", 1, "--generations", 3]
 SMALL += ["--dream-generations", 2, "--dream-starts", 2, "--dream-steps", 10, "--max-frames", 80]
 SMALL += ["--validation-tracks", 2, "--eval-interval", 2, "--rounds", 2, "--eval-episodes", 2]
 
