@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import imageio.v3
 import numpy as np
@@ -203,6 +204,56 @@ def test_a_dream_of_many_is_many_dreams():
     assert together.std() > 0
 
 
+def run_with_footage(folder):
+    """What the stages need of a run: two rounds of 600 frames, the first of them black, in episodes of 20."""
+    torch.manual_seed(0)
+    agent, chance = wm.Agent("zh"), np.random.default_rng(0)
+    with torch.no_grad():
+        agent.vision.mu.weight *= 30  # an untrained V hardly tells pictures apart
+    footage = wm.Footage(folder / "data", 600)
+    footage.open(2)
+    footage.pictures[1][:] = chance.integers(0, 256, footage.pictures[1].shape)
+    for rows in footage.rows:
+        rows[:, :3] = chance.uniform(0, 1, (600, 3))
+        rows[::20, 4] = 1
+    settings = {"agent": agent, "footage": footage, "device": torch.device("cpu"), "args": wm.Args(dream_starts=30)}
+    settings |= {"randomness": lambda *numbers: np.random.default_rng(numbers), "tqdm": lambda things, **_: things}
+    return types.SimpleNamespace(**settings)
+
+
+@torch.no_grad()
+def test_dreams_start_where_the_newest_footage_was(tmp_path):
+    run = run_with_footage(tmp_path)
+    z, (hidden, _) = wm.dream_starts(run, 2, 0)
+    newest = run.agent.vision.encode(run.footage.take(np.arange(600, 1200)))[0]
+    found = torch.cdist(z, newest).min(1)
+    torch.testing.assert_close(z, newest[found.indices], rtol=1e-4, atol=1e-4)
+    for start, frame in enumerate(found.indices.tolist()):  # with the state that M has when it comes there
+        first, state = frame // 20 * 20, None
+        actions = torch.from_numpy(run.footage.rows[1][first:frame, None, :3])
+        if frame > first:
+            _, state = run.agent.memory(newest[first:frame, None], actions)
+        expected = state[0][0, 0] if state else torch.zeros(256)
+        torch.testing.assert_close(hidden[0, start], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_controller_is_translated_to_ask_for_the_same(tmp_path):
+    run = run_with_footage(tmp_path)
+    z, controller = run.agent.vision.encode(run.footage.take(np.arange(600, 1200)))[0], torch.zeros(3, 289)
+    controller[:, :32], controller[:, -1] = torch.randn(3, 32), torch.tensor([1.0, 0.0, -1.0])
+    wanted = wm.wanted_actions(z, torch.zeros(600, 256), controller.expand(600, 3, 289))
+    run.footage.rows[1][:, 6:] = wanted.numpy()
+    translated = wm.translate_controller(run, 2)
+    hidden = torch.zeros(30, 20, 256)
+    actions = torch.from_numpy(run.footage.rows[1][:, :3]).view(30, 20, 3)
+    hidden[:, 1:] = run.agent.memory(z.view(30, 20, 32).transpose(0, 1), actions.transpose(0, 1))[0][:-1].transpose(
+        0, 1
+    )
+    again = wm.wanted_actions(z, hidden.flatten(0, 1), translated.expand(600, 3, 289))
+    assert (again - wanted).square().mean() < 0.05 * wanted.var()
+
+
 # --- The search
 
 FUNCTIONS = {
@@ -357,8 +408,12 @@ def test_a_whole_run_leaves_what_it_should(whole):
     for key, value in last["agent"].items():  # rounded already, so that half precision changes nothing
         assert key == "controller" or torch.equal(value, value.half().float())
     assert json.loads((folder / "config.json").read_text())["made_on"]["gymnasium"]
-    losses = [row["vision/loss"] for row in rows_of(folder) if "vision/loss" in row]
-    assert losses[-1] < losses[0]
+    rows = rows_of(folder)
+    losses = [row["vision/loss"] for row in rows if "vision/loss" in row]
+    assert losses[-1] < losses[0] and len(losses) == 10 + 15  # 30 minibatches, then a half of them
+    dreams, real = (sum(f"{kind}/return_mean" in row for row in rows) for kind in ("dream", "real"))
+    assert (dreams, real) == (2 + 2, 3)  # every round dreams, the last one drives
+    assert rows[-1]["charts/frames"] > 2 * 2 * 300  # driving for footage counts
 
 
 def test_evaluation_is_gymnasiums_own(whole):
@@ -414,7 +469,7 @@ def test_killed_and_resumed_is_never_killed(whole):
     real = next(number for number, row in enumerate(expected, 1) if "real/return_mean" in row)
     process, _, workers = start_and_signal(SIGKILL, real, folder, "--resume", folder, *learn, **where)
     assert process.returncode == -SIGKILL and not alive(workers)
-    assert torch.load(folder / "last.pt", weights_only=True)["done"][-1] == [1, "memory"]
+    assert torch.load(folder / "last.pt", weights_only=True)["done"][-1] == [2, "memory"]
     resumed = run("--resume", folder, *learn, **where)
     assert resumed.returncode == 0, resumed.stderr
     assert rows_of(folder) == expected
