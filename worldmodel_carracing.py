@@ -94,7 +94,7 @@ class Args:
     sigma: float = 0.1  # CMA-ES's step size at the start; half of it in the later rounds
     max_frames: int = 1000  # frames after which a rollout ends
     validation_tracks: int = 64  # tracks that score the mean controller and choose best.pt
-    dream_generations: int = 40  # generations in the dream, in every round
+    dream_generations: int = 100  # generations in the dream, in every round
     dream_starts: int = 16  # places from which every candidate dreams
     dream_steps: int = 150  # actions of a dream
     temperature: float = 1.15  # of the dream: above 1, the next latents are less certain than M believes
@@ -1623,8 +1623,9 @@ DREAM_AWAKE, DREAM_LENGTH = 30, 100  # actions of the film before the first drea
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-CALL = ("resume", "evaluate", "dream", "stages", "workers", "eval_fast")  # belong to one call, not to a run
-OPEN = ("device", "rounds", "generations", "hours", "eval_episodes", "eval_seed", "eval_interval")  # to be changed
+# Settings of one call, not of the run, and those of the run that may change when it is resumed
+CALL = ("resume", "evaluate", "dream", "stages", "workers", "eval_fast")
+OPEN = ("device", "rounds", "generations", "dream_generations", "hours", "eval_episodes", "eval_seed", "eval_interval")
 
 
 def args_to_plain(args: Args) -> dict:
