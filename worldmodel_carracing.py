@@ -94,16 +94,16 @@ class Args:
     sigma: float = 0.1  # CMA-ES's step size at the start; half of it in the later rounds
     max_frames: int = 1000  # frames after which a rollout ends
     validation_tracks: int = 64  # tracks that score the mean controller and choose best.pt
-    dream_generations: int = 100  # generations in the dream, in every round
+    dream_generations: int = 100  # generations in the dream, in every round, at most
     dream_starts: int = 16  # places from which every candidate dreams
     dream_steps: int = 150  # actions of a dream
     temperature: float = 1.15  # of the dream: above 1, the next latents are less certain than M believes
     dream_dropout: float = 0.1  # share of M's hidden state dropped before it foretells, so that C cannot exploit it
 
 
-QUICK: dict[str, Any] = {"rounds": 1, "collect_frames": 8_000, "vision_steps": 300, "vision_lr": 1e-3}
-QUICK |= {"memory_steps": 150, "population": 32, "tracks": 3, "generations": 16, "max_frames": 400}
-QUICK |= {"validation_tracks": 16, "dream_generations": 10, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
+QUICK: dict[str, Any] = {"rounds": 2, "collect_frames": 8_000, "vision_steps": 300, "vision_lr": 1e-3}
+QUICK |= {"memory_steps": 300, "population": 32, "tracks": 4, "generations": 3, "validation_tracks": 16}
+QUICK |= {"dream_generations": 40, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
 
 
 class UsageError(Exception):
@@ -1318,6 +1318,7 @@ def validate(run: Run, controller: Tensor) -> tuple[float, float]:
 
 
 DREAMERS = 32  # controllers that dream at a time
+DISBELIEF = 3  # validations without a better mean after which a dream ends
 
 
 def stage_controller(run: Run, round_: int) -> bool:
@@ -1341,7 +1342,8 @@ def stage_controller(run: Run, round_: int) -> bool:
         controller = candidates(search.mean[None])[0]
         score, spread = validate(run, controller)
         if state["stage_best"] is None or score > state["stage_best"]["score"]:
-            state["stage_best"] = {"score": score, "controller": controller, "sigma": search.sigma}
+            found = {"score": score, "controller": controller, "sigma": search.sigma, "step": state["step"]}
+            state["stage_best"] = found
         if state["best"] is None or score > state["best"]:
             state["best"] = score
             agent.controller.copy_(controller)
@@ -1403,6 +1405,8 @@ def stage_controller(run: Run, round_: int) -> bool:
         if state["step"] % args.eval_interval == 0 or state["step"] in (dreamt, total) or over:
             metrics |= look(search)
             run.logger.board.add_histogram("search/axes", search.scales, run.iteration + 1)
+            if dreaming and state["step"] - state["stage_best"]["step"] >= DISBELIEF * args.eval_interval:
+                state["step"] = dreamt  # what it finds is good in the dream alone
         if state["step"] == dreamt:  # the dream's word is not taken: reality chooses where the real search begins
             start = state["stage_best"]
             mean = start["controller"].numpy().ravel().astype(np.float64)

@@ -1,6 +1,9 @@
-"""The README's pictures: python tests/bench/figures.py --film runs/<evaluation>/best_race.mp4
+"""The README's pictures.
 
-docs/scotland.gif from a filmed race, docs/learning.png from the metrics.jsonl of runs, kept under tests/bench/results/.
+    python tests/bench/figures.py --film runs/<evaluation>/best_race.mp4 --lap runs/<run>/best_lap.mp4
+
+docs/scotland.gif and docs/carracing.gif from what was filmed, docs/learning.png and docs/carracing.png from the
+metrics.jsonl of runs, kept under tests/bench/results/.
 """
 
 import dataclasses
@@ -23,6 +26,8 @@ HERE = Path(__file__).parent
 class Figures:
     film: Path | None = None
     """a filmed race"""
+    lap: Path | None = None
+    """a filmed lap of CarRacing"""
     results: Path = HERE / "results"
     """folder with NAME.jsonl and NAME.config.json of each run, and scotland-seed*.evaluation.json"""
     docs: Path = HERE.parents[1] / "docs"
@@ -69,17 +74,43 @@ def curves(settings):
     figure.savefig(settings.docs / "learning.png", dpi=110)
 
 
-def moving_picture(settings):
-    frames = imageio.v3.imread(settings.film)[::2]  # ten a second
-    frames = [Image.fromarray(frame).resize((256, 192)).quantize(48) for frame in frames[:120]]
-    frames[0].save(settings.docs / "scotland.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
+def search(settings):
+    """The world model's score against time and frames, and where each of its rounds began."""
+    run, rows, _ = load(settings.results / "carracing.jsonl")
+    figure, (minutes, frames) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for axes, key, unit in ((minutes, "charts/elapsed_seconds", 60), (frames, "charts/frames", 1e6)):
+        phase, dreams = "in the dream", {"x": [], "y": [], "error": []}
+        drives = {"x": [], "y": [], "error": []}
+        for row in rows:
+            phase = "real" if "real/return_mean" in row else "dream" if "dream/return_mean" in row else phase
+            if "controller/validation" in row:
+                points = drives if phase == "real" else dreams
+                points["x"].append(row[key] / unit)
+                points["y"].append(row["controller/validation"])
+                points["error"].append(row["controller/validation_std"] / run["validation_tracks"] ** 0.5)
+        for points, label in ((dreams, "searched in the dream"), (drives, "searched on real tracks")):
+            axes.errorbar(points["x"], points["y"], points["error"], fmt="o-", markersize=3, linewidth=1, label=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    minutes.set(xlabel="minutes", ylabel="mean controller, 64 tracks")
+    frames.set(xlabel="million frames driven")
+    frames.legend(fontsize=7, frameon=False, loc="lower right")
+    figure.savefig(settings.docs / "carracing.png", dpi=110)
+
+
+def moving_picture(film, path, size, every):
+    frames = imageio.v3.imread(film)[::every]
+    frames = [Image.fromarray(frame).resize(size).quantize(48) for frame in frames[:120]]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 def main(settings):
     settings.docs.mkdir(exist_ok=True)
     curves(settings)
+    search(settings)
     if settings.film:
-        moving_picture(settings)
+        moving_picture(settings.film, settings.docs / "scotland.gif", (256, 192), 2)  # ten a second
+    if settings.lap:
+        moving_picture(settings.lap, settings.docs / "carracing.gif", (252, 168), 3)
 
 
 if __name__ == "__main__":
