@@ -62,6 +62,7 @@ class Args:
     seed: int = 1  # seed of the networks, the minibatches, the search and the tracks to learn on
     name: str | None = None  # the run's folder under runs/ (default: seed and time)
     resume: Path | None = None  # run folder to go on with as if never stopped; its settings are kept
+    init_from: Path | None = None  # checkpoint to take V, M and C from, and nothing else
     evaluate: Path | None = None  # checkpoint to drive in Gymnasium's own CarRacing-v3; no learning
     dream: Path | None = None  # checkpoint to film dreaming beside reality; no learning
     quick: bool = False  # settings for a run of minutes, where you type no others
@@ -899,7 +900,7 @@ def load_checkpoint(path: Path) -> dict:
         raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = {field.name: field.type for field in dataclasses.fields(Args)}
+        kinds = {field.name: field.type for field in dataclasses.fields(Args)} | {"init_from": str | None}
         whole = all(name in kinds and fits(value, kinds[name]) for name, value in checkpoint["args"].items())
         whole &= isinstance(checkpoint["made_on"], dict) and isinstance(checkpoint["iteration"], int)
         whole &= "agent" in checkpoint and all(stage in STAGES for _, stage in checkpoint.get("done", ()))
@@ -1026,6 +1027,11 @@ class Run:
             with self.resuming():
                 self.saved_optimizer, self.state = checkpoint["optimizer"], {k: checkpoint[k] for k in self.state}
                 self.check_state()
+        elif args.init_from:
+            source = load_checkpoint(args.init_from)
+            if (repeat := source["args"].get("action_repeat")) != args.action_repeat:
+                raise UsageError(f"{args.init_from} drives with another: type --action-repeat {repeat}.")
+            load_weights(self.agent, source, args.init_from)
         self.agent.to(device)
         self.workers, self.replaced = Workers(args.workers or CORES), self.state["replaced"]
         self.tqdm, self.clock = functools.partial(tqdm, disable=RANK > 0), time.time()
@@ -1059,6 +1065,10 @@ class Run:
         self.logger = Logger(self.folder, self.args, self.iteration, self.iteration) if RANK == 0 else Silence()
         for frames, score in self.state["scores"]:  # a resumed run's board has lost them
             self.logger.board.add_scalar("score_against_frames", score, frames)
+
+    def knows_nothing(self, round_: int) -> bool:
+        """Whether no controller has been found yet when this round begins."""
+        return round_ == 1 and not self.args.init_from
 
     def start_bar(self, round_: int, stage: str, total: int) -> Any:
         """The stage's bar, which `train` closes."""
@@ -1145,22 +1155,22 @@ class Run:
 
 
 def stage_collect(run: Run, round_: int) -> None:
-    """Drives and films: at random in the first round, with the current controller, often disturbed, in the others."""
-    args, footage, state = run.args, run.footage, run.state
+    """Drives and films: at random at first, with the current controller, often disturbed, in the later rounds."""
+    args, footage, state, at_random = run.args, run.footage, run.state, run.knows_nothing(round_)
     footage.open(round_)
     controllers = run.agent.controller[None].cpu()
     run.workers.load(run.agent)
     bar = run.start_bar(round_, "collect", args.collect_frames)
     batch = 32  # episodes at a time
-    limit = min(300, args.max_frames) if round_ == 1 else args.max_frames
+    limit = min(300, args.max_frames) if at_random else args.max_frames
     while state["step"] < args.collect_frames:
         jobs = []
         for episode in range(state["collected"], state["collected"] + batch):
             choice = np.random.default_rng([args.seed, round_, episode])
             job: dict = {"seed": FOOTAGE_TRACKS + 1_000_000 * round_ + episode, "limit": limit, "keep": True}
-            job |= {"controller": None if round_ == 1 else 0, "place": choice.random() * (choice.random() < 0.8)}
-            if round_ == 1 or episode % 3:
-                job["noise"] = (args.seed * 1000 + round_, 0 if round_ == 1 else episode % 3)
+            job |= {"controller": None if at_random else 0, "place": choice.random() * (choice.random() < 0.8)}
+            if at_random or episode % 3:
+                job["noise"] = (args.seed * 1000 + round_, 0 if at_random else episode % 3)
             jobs.append(job)
         for result in run.drive(controllers, jobs):
             # Episodes count one by one, so that the footage does not depend on how many workers there are.
@@ -1355,8 +1365,9 @@ def stage_controller(run: Run, round_: int) -> bool:
         return {"controller/validation": score, "controller/validation_std": spread}
 
     if state["search"] is None:
-        mean = translate_controller(run, round_) if round_ > 1 else torch.zeros(shape)
-        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if round_ == 1 else args.sigma / 2)
+        first = run.knows_nothing(round_)
+        mean = torch.zeros(shape) if first else translate_controller(run, round_)
+        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if first else args.sigma / 2)
         state["stage_best"] = None
         metrics = look(search)
         state["search"] = search.state()
@@ -1406,6 +1417,7 @@ def stage_controller(run: Run, round_: int) -> bool:
             metrics |= look(search)
             run.logger.board.add_histogram("search/axes", search.scales, run.iteration + 1)
             if dreaming and state["step"] - state["stage_best"]["step"] >= DISBELIEF * args.eval_interval:
+                bar.update(dreamt - state["step"])
                 state["step"] = dreamt  # what it finds is good in the dream alone
         if state["step"] == dreamt:  # the dream's word is not taken: reality chooses where the real search begins
             start = state["stage_best"]
@@ -1634,7 +1646,8 @@ OPEN = ("device", "rounds", "generations", "dream_generations", "hours", "eval_e
 
 def args_to_plain(args: Args) -> dict:
     """Args as plain values for JSON and checkpoints; what belongs to one call only is left out."""
-    return {name: value for name, value in dataclasses.asdict(args).items() if name not in CALL}
+    plain = {name: value for name, value in dataclasses.asdict(args).items() if name not in CALL}
+    return plain | {"init_from": args.init_from and str(args.init_from)}
 
 
 def still_to_do(args: Args, done: Sequence) -> list[tuple[int, str]]:
@@ -1695,6 +1708,7 @@ def parse(argv: list[str]) -> tuple[Args, Any]:
         return check_args(tyro.cli(Args, args=argv, default=Args(**QUICK)) if args.quick else args), None
     checkpoint = load_checkpoint(path)
     default = Args(**checkpoint["args"])
+    default.init_from = default.init_from and Path(default.init_from)
     saved = args_to_plain(default)
     args = tyro.cli(Args, args=argv, default=default)
     changed = [name for name, value in args_to_plain(args).items() if value != saved[name] and name not in OPEN]

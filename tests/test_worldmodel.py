@@ -436,6 +436,24 @@ def test_evaluation_is_gymnasiums_own(whole):
     assert again["returns"] == result["returns"][1:] and len(again["fast"]["returns"]) == 1
 
 
+def test_another_run_begins_with_a_checkpoints_weights(whole):
+    cwd, folder = whole
+    given = torch.load(folder / "best.pt", weights_only=True)
+    given["agent"]["controller"] = torch.randn(3, 289, generator=torch.Generator().manual_seed(0)) / 10
+    torch.save(given, cwd / "given.pt")
+    flags = [*SMALL, "--rounds", 1, "--workers", 1, "--init-from", "given.pt", "--stages", *LEARN, "--name", "sequel"]
+    refused = run(*flags, "--action-repeat", 3, cwd=cwd, **SCRIPT)
+    assert refused.returncode == 2 and "type --action-repeat 2" in refused.stderr and not (cwd / "runs/sequel").exists()
+    finished = run(*flags, "--vision-steps", 0, "--memory-steps", 0, cwd=cwd, **SCRIPT)
+    assert finished.returncode == 0, finished.stderr
+    sequel = torch.load(cwd / "runs/sequel/last.pt", weights_only=True)
+    assert sequel["args"]["init_from"] == "given.pt" and sequel["scores"]
+    for key, value in given["agent"].items():  # V and M learn no more here; C is searched on
+        assert key == "controller" or torch.equal(sequel["agent"][key], value.float())
+    wanted = np.load(cwd / "runs/sequel/data/rows-1.npy")[:, 6:]
+    assert np.isfinite(wanted).all() and wanted.std() > 0.1  # the controller drove for the footage
+
+
 def test_dreams_are_filmed(whole):
     cwd, folder = whole
     finished = run("--dream", folder / "best.pt", cwd=cwd, **SCRIPT)
