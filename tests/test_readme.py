@@ -80,7 +80,9 @@ def test_links_lead_to_the_line_they_name():
 
 
 # flags of other programs and of the measurements
-OTHERS = "checkpoint seconds help logdir dist extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-endpoint"
+OTHERS = (
+    "checkpoint seconds help logdir dist extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-endpoint"
+)
 
 
 def test_what_the_readme_names_exists():
