@@ -1058,6 +1058,8 @@ class Run:
         if best := self.state["stage_best"]:
             if best["controller"].shape != self.agent.controller.shape or not best["score"] + best["sigma"] < math.inf:
                 raise ValueError("no controller")
+            if not fits(best["step"], int):
+                raise ValueError("no step")
         if self.state["search"]:
             CMAES(np.zeros(self.agent.controller.numel()), 1.0, self.args.population).restore(self.state["search"])
 
@@ -1365,9 +1367,9 @@ def stage_controller(run: Run, round_: int) -> bool:
         return {"controller/validation": score, "controller/validation_std": spread}
 
     if state["search"] is None:
-        first = run.knows_nothing(round_)
-        mean = torch.zeros(shape) if first else translate_controller(run, round_)
-        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if first else args.sigma / 2)
+        anew = run.knows_nothing(round_)
+        mean = torch.zeros(shape) if anew else translate_controller(run, round_)
+        search = start_search(mean.numpy().ravel().astype(np.float64), args.sigma if anew else args.sigma / 2)
         state["stage_best"] = None
         metrics = look(search)
         state["search"] = search.state()
@@ -1641,7 +1643,7 @@ DREAM_AWAKE, DREAM_LENGTH = 30, 100  # actions of the film before the first drea
 
 # Settings of one call, not of the run, and those of the run that may change when it is resumed
 CALL = ("resume", "evaluate", "dream", "stages", "workers", "eval_fast")
-OPEN = ("device", "rounds", "generations", "dream_generations", "hours", "eval_episodes", "eval_seed", "eval_interval")
+OPEN = ("device", "rounds", "generations", "hours", "eval_episodes", "eval_seed", "eval_interval")
 
 
 def args_to_plain(args: Args) -> dict:
