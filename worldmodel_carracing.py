@@ -88,15 +88,15 @@ class Args:
     # C
     controller_input: Literal["zh", "z"] = "zh"  # what C sees: V's latents and M's hidden state, or the latents alone
     sample_z: bool = False  # C and M see a sample of V's latents instead of their mean
-    population: int = 64  # candidates of a generation
-    tracks: int = 8  # tracks that every candidate of a generation drives, the same for all
+    population: int = 128  # candidates of a generation
+    tracks: int = 4  # tracks that every candidate of a generation drives, the same for all
     generations: int = 1000  # generations on real tracks, at most; all of them in the last round
     hours: float = 7.4  # of learning, all calls together, after which the search rests; resume with more to go on
     sigma: float = 0.1  # CMA-ES's step size at the start; half of it in the later rounds
     max_frames: int = 1000  # frames after which a rollout ends
     validation_tracks: int = 64  # tracks that score the mean controller and choose best.pt
     dream_generations: int = 100  # generations in the dream, in every round, at most
-    dream_starts: int = 16  # places from which every candidate dreams
+    dream_starts: int = 8  # places from which every candidate dreams
     dream_steps: int = 150  # actions of a dream
     temperature: float = 1.15  # of the dream: above 1, the next latents are less certain than M believes
     dream_dropout: float = 0.1  # share of M's hidden state dropped before it foretells, so that C cannot exploit it
