@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 
 import imageio.v3
@@ -252,6 +253,31 @@ def test_a_controller_is_translated_to_ask_for_the_same(tmp_path):
     )
     again = wm.wanted_actions(z, hidden.flatten(0, 1), translated.expand(600, 3, 289))
     assert (again - wanted).square().mean() < 0.05 * wanted.var()
+
+
+def test_memory_meets_all_frames_equally_often(tmp_path, monkeypatch):
+    run, caught = run_with_footage(tmp_path), []
+    run.footage.rows[1][:, 4] = np.arange(600) % 300 == 0  # as many frames as in the first round, in 2 episodes, not 30
+    monkeypatch.setattr(wm, "learn", lambda run, round_, stage, minibatch, *rest, **more: caught.append(minibatch))
+    monkeypatch.setattr(wm, "memory_loss", lambda *inputs: inputs[6])
+    wm.stage_memory(run, 2)
+    lengths = torch.cat([caught[0](np.random.default_rng(seed)) for seed in range(60)])
+    assert set(lengths.tolist()) == {20, 300}
+    assert abs((lengths == 300).float().mean() - 0.5) < 0.08  # 960 draws
+
+
+def test_a_dream_ends_when_real_tracks_find_nothing_better(tmp_path, monkeypatch):
+    run, rows, seen = run_with_footage(tmp_path), [], []
+    run.args = wm.Args(dream_generations=40, eval_interval=2, population=4, dream_steps=2, dream_starts=2)
+    run.state = {"step": 0, "search": None, "stage_best": None, "best": None, "scores": [], "frames": 0, "elapsed": 0.0}
+    run.workers = run.logger = run.bar = wm.Silence()
+    run.start_bar, run.knows_nothing, run.save_best = lambda *_: run.bar, lambda round_: True, lambda score: None
+    run.log, run.clock, run.iteration = rows.append, time.time(), 0
+    scores = iter((0, 5, 3, 7, 6, 7, 6))  # 7 at the sixth generation
+    monkeypatch.setattr(wm, "validate", lambda run, controller: (seen.append(controller.clone()), (next(scores), 0))[1])
+    assert wm.stage_controller(run, 1)
+    assert sum("dream/return_mean" in row for row in rows) == 6 + wm.DISBELIEF * 2
+    assert len(seen) == 7 and torch.equal(run.agent.controller, seen[3]) and run.state["best"] == 7
 
 
 # --- The search
