@@ -806,6 +806,23 @@ def sample_next(
     return z, reward, end
 
 
+@torch.no_grad()
+def picture_dream(
+    agent: Agent, controller: Tensor, z: Tensor, state: tuple[Tensor, ...], steps: int, temperature: float
+) -> np.ndarray:
+    """What V paints of one dream, uint8 (steps, 64, 64, 3).
+
+    controller: (3, I); z: (1, 32) and state, a pair of (1, 1, 256): where it begins.
+    """
+    chance, latents = {"generator": torch.Generator(z.device).manual_seed(0), "device": z.device}, []
+    for _ in range(steps):
+        latents.append(z)
+        action = squash(wanted_actions(z, state[0][0], controller[None].to(z.device)))
+        hidden, state = agent.memory(z[None], action[None], state)
+        z, _, _ = sample_next(agent.memory, hidden[0], 1, temperature, chance)
+    return to_pictures(agent.vision.decode(torch.cat(latents)))
+
+
 REWARDS = (-1.0, 10.0)  # range of the rewards that M learns; leaving the lawn costs 100, which would drown the others
 
 
@@ -1385,7 +1402,7 @@ def stage_controller(run: Run, round_: int) -> bool:
     search.restore(state["search"])
 
     while state["step"] < total:
-        generation, dreaming, started = state["step"], state["step"] < dreamt, time.time()
+        generation, dreaming, started, pace = state["step"], state["step"] < dreamt, time.time(), {}
         vectors = gather(search.ask())[0]
         if dreaming:
             z, hidden = dream_starts(run, round_, generation)
@@ -1411,20 +1428,26 @@ def stage_controller(run: Run, round_: int) -> bool:
             driven, results = state["frames"], run.drive(candidates(vectors), jobs)
             returns = np.array([result["return"] for result in results]).reshape(args.tracks, -1).mean(0)
             rate = (state["frames"] - driven) / (time.time() - started)
+            pace = {"real/tracks_per_hour": 3600 * len(jobs) / (time.time() - started)}
         if not np.isfinite(returns).all():
             raise Fault(f"A return of generation {generation} is not finite.")
         search.tell(-returns)
         state["step"] += 1
         bar.update()
-        bar.set_postfix_str(f"mean {returns.mean():.0f}, best {returns.max():.0f}, sigma {search.sigma:.3f}")
+        figures = f"mean {returns.mean():.0f}, best {returns.max():.0f}, sigma {search.sigma:.3f}"
+        bar.set_postfix_str(figures + "".join(f", {tracks:.0f} tracks/hour" for tracks in pace.values()))
         kind = "dream" if dreaming else "real"
-        metrics = {f"{kind}/return_mean": returns.mean(), f"{kind}/return_best": returns.max()}
+        metrics = {f"{kind}/return_mean": returns.mean(), f"{kind}/return_best": returns.max()} | pace
         metrics |= {f"{kind}/frames_per_second": rate, "search/sigma": search.sigma}
         metrics |= {"search/longest_axis": search.scales.max(), "search/shortest_axis": search.scales.min()}
         over = gather(state["elapsed"] + time.time() - run.clock)[0] > 3600 * args.hours and state["step"] < total
         if state["step"] % args.eval_interval == 0 or state["step"] in (dreamt, total) or over:
             metrics |= look(search)
             run.logger.board.add_histogram("search/axes", search.scales, run.iteration + 1)
+            if dreaming:
+                place, mean = (part[:, :1].contiguous() for part in hidden), candidates(search.mean[None])[0]
+                film = picture_dream(agent, mean, z[:1], tuple(place), args.dream_steps, args.temperature)
+                run.logger.film("dream", list(film), 50 / args.action_repeat, run.iteration + 1)
             if dreaming and state["step"] - state["stage_best"]["step"] >= DISBELIEF * args.eval_interval:
                 bar.update(dreamt - state["step"])
                 state["step"] = dreamt  # what it finds is good in the dream alone

@@ -407,7 +407,7 @@ SMALL += ["--validation-tracks", 2, "--eval-interval", 2, "--rounds", 2, "--eval
 
 
 def rows_of(folder):
-    clock = {"dream/frames_per_second", "real/frames_per_second"}
+    clock = {"dream/frames_per_second", "real/frames_per_second", "real/tracks_per_hour"}
     return [{key: value for key, value in row.items() if key not in clock} for row in metrics(folder)]
 
 
@@ -499,7 +499,10 @@ def test_tensorboard_says_what_metrics_jsonl_says(whole):
         written = [(row["global_step"], row[tag]) for row in rows if tag in row]
         np.testing.assert_allclose([(event.step, event.value) for event in board.Scalars(tag)], written, rtol=1e-5)
     assert len(board.Scalars("score_against_frames")) >= 4
-    assert board.Tags()["images"] and "search/axes" in board.Tags()["histograms"]
+    assert "search/axes" in board.Tags()["histograms"]
+    assert any(tag.startswith("vision/reconstruction") for tag in board.Tags()["images"])
+    dreams = [imageio.v3.imread(event.encoded_image_string) for event in board.Images("dream")]
+    assert [dream.shape for dream in dreams] == 2 * [(10, 64, 64, 3)] and np.ptp(dreams[0]) > 0  # one in each round
 
 
 def test_killed_and_resumed_is_never_killed(whole):
