@@ -103,8 +103,8 @@ class Args:
 
 
 QUICK: dict[str, Any] = {"rounds": 2, "collect_frames": 8_000, "vision_steps": 300, "vision_lr": 1e-3}
-QUICK |= {"memory_steps": 300, "population": 32, "tracks": 4, "generations": 3, "validation_tracks": 16}
-QUICK |= {"dream_generations": 40, "dream_starts": 8, "dream_steps": 100, "eval_episodes": 8}
+QUICK |= {"memory_steps": 300, "population": 32, "generations": 15, "validation_tracks": 16}
+QUICK |= {"dream_generations": 10, "dream_steps": 100, "eval_interval": 5, "eval_episodes": 8}
 
 
 class UsageError(Exception):

@@ -23,11 +23,11 @@ import worldmodel_carracing as wm  # noqa: E402
 
 def loop_speed(workers, controllers, world, seconds, seed):
     """Frames/s of all workers together, over about so many seconds."""
-    rate, frames = (200 if world == "fast" else 20) * len(workers.processes), 0
+    together, frames = wm.SLOTS * len(workers.processes), 0
+    rate = (2000 if world == "fast" else 100) * len(workers.processes)
     started = time.time()
     while time.time() - started < seconds:
-        slots = wm.SLOTS if world == "fast" else 4
-        jobs = max(1, round(rate * seconds / 2 / 200 / slots / len(workers.processes))) * slots * len(workers.processes)
+        jobs = max(1, round(rate * seconds / 2 / 200 / together)) * together  # every environment of every worker drives
         jobs = [{"seed": seed + i, "controller": i % len(controllers), "limit": 200} for i in range(jobs)]
         results = workers.drive(controllers, jobs, world=world)
         frames += sum(result["frames"] for result in results)
