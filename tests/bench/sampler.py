@@ -3,7 +3,9 @@
 Bare: N processes that only call `race.step` and copy the picture (and `race.restart` where an episode ended). Sampler:
 the same N games through the environment, the vectoriser and the network's inference. The work is the same: in every
 round the sampler plays first, then the bare games repeat its actions, picture for picture from the start line, and
-both end up in the same place, which is checked. One side waits while the other works. The table gives medians.
+both end up in the same place, which is checked. In every other round they do so in lockstep, in the sampler's two
+groups, each step upon a byte that says go: what a sampler could deliver whose environment and network cost nothing. One
+side waits while the other works. The table gives medians.
 """
 
 import dataclasses
@@ -33,7 +35,7 @@ class Bench:
     steps: int = 128
     """steps per process and round"""
     rounds: int = 8
-    """rounds of each side"""
+    """rounds against free games, and as many against games in lockstep"""
     track: str = "scotland"
     """track to drive"""
     engine: str = "auto"
@@ -44,14 +46,17 @@ class Bench:
     """JSON file to write"""
 
 
-def bare_game(settings, seed, pipe):
+def bare_game(settings, seed, inbox, outbox):
     """One game that does nothing but step and copy the picture; it repeats (T, 4) actions, restarting at `dones`."""
     env = ppo_tuxkart.TuxKartEnv(track=settings.track, engine=settings.engine)
     env.reset(seed=seed)
     stk, race, step_size, clock = env._stk, env._race, env.step_size, 0.0
-    pipe.send(None)
-    while (order := pipe.recv()) is not None:
-        for (steer, pedal, drift, nitro), done in zip(*order, strict=True):
+    outbox.send(None)
+    while (order := inbox.recv()) is not None:
+        lockstep, actions, dones = order
+        for (steer, pedal, drift, nitro), done in zip(actions, dones, strict=True):
+            if lockstep:
+                inbox.recv_bytes()
             control = stk.Action()
             control.steer, control.acceleration, control.brake = steer / 2 - 1, float(pedal == 0), pedal == 2
             control.drift, control.nitro = bool(drift), bool(nitro)
@@ -65,8 +70,20 @@ def bare_game(settings, seed, pipe):
                 clock = 1 / 120
                 race.config.step_size = 1 / 120  # the environment's first look at the new race
                 race.step(stk.Action())
+            if lockstep:
+                outbox.send_bytes(b"done")
         env._world.update()
-        pipe.send(env.location)
+        outbox.send(env.location)
+
+
+def lead(groups, steps):
+    """Has games in lockstep take so many steps, the groups in turns. groups: lists of pairs of pipes, to and from."""
+    for t in range(steps + 1):
+        for group in groups:
+            for _, answers in group if t else ():
+                answers.recv_bytes()
+            for questions, _ in group if t < steps else ():
+                questions.send_bytes(b"go")
 
 
 def main(settings):
@@ -82,60 +99,71 @@ def main(settings):
     context = multiprocessing.get_context("fork")
     pipes, bare_pids = [], []
     for seed in range(settings.num_envs):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=bare_game, args=(settings, seed, theirs), daemon=True)
+        (inbox, questions), (answers, outbox) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+        process = context.Process(target=bare_game, args=(settings, seed, inbox, outbox), daemon=True)
         process.start()
         bare_pids.append(process.pid)
-        pipes.append(ours)
-    for pipe in pipes:
-        pipe.recv()
+        pipes.append((questions, answers))
+    for _, answers in pipes:
+        answers.recv()
     sampler = ppo_tuxkart.Sampler(args, cpu)
     sampler.reset(0)
 
     sampler_pids = [process.pid for group in sampler.groups for process in group.processes]
-    parties = {"bare game": bare_pids, "sampler's game": sampler_pids, "sampler's network": [os.getpid()]}
-    rates, idle, off, episodes = {"bare": [], "sampler": []}, {"bare": 0.0, "sampler": 0.0}, [], 0
-    for number in range(settings.rounds + 1):  # the first one warms up
-        started, idle_before = time.perf_counter(), idle_seconds()
-        episodes += len(sampler.collect(agent))
-        between, idle_between = time.perf_counter(), idle_seconds()
-        for i, pipe in enumerate(pipes):
-            pipe.send((sampler.actions[:, i].tolist(), sampler.dones[:, i].tolist()))
-        ends = [pipe.recv() for pipe in pipes]
-        ended = time.perf_counter()
+    parties = {"bare game": bare_pids, "sampler's game": sampler_pids, "this process": [os.getpid()]}
+    decisions, off, episodes = settings.num_envs * settings.steps, [], 0
+    turns = {"sampler": [], "bare": [], "lockstep": []}
+
+    def measure(side, work):
+        cpu, idle, started = [cpu_seconds(pids) for pids in parties.values()], idle_seconds(), time.perf_counter()
+        result, seconds = work(), time.perf_counter() - started
+        turn = {"rate": decisions / seconds, "idle_share": (idle_seconds() - idle) / seconds / os.cpu_count()}
+        spent = [cpu_seconds(pids) - before for pids, before in zip(parties.values(), cpu, strict=True)]
+        turn |= {"cpu_ms": dict(zip(parties, (1000 * time / decisions for time in spent), strict=True))}
+        turns[side].append(turn)
+        return result
+
+    def repeat(lockstep):
+        for i, (questions, _) in enumerate(pipes):
+            questions.send((lockstep, sampler.actions[:, i].tolist(), sampler.dones[:, i].tolist()))
+        if lockstep:
+            lead([pipes[columns] for columns in sampler.columns], settings.steps)
+        return [answers.recv() for _, answers in pipes]
+
+    for number in range(2 * settings.rounds + 2):
+        side = "lockstep" if number % 2 else "bare"
+        episodes += len(measure("sampler", lambda: sampler.collect(agent)))
+        ends = measure(side, lambda: repeat(side == "lockstep"))  # noqa: B023  # called at once
         places = [place for group in sampler.groups for place in group.get("location")]
         off.append(float(np.abs(np.array(places) - np.array(ends)).max()))
-        if number == 0:
-            used = {party: cpu_seconds(pids) for party, pids in parties.items()}
-        else:
-            rates["sampler"].append(settings.num_envs * settings.steps / (between - started))
-            rates["bare"].append(settings.num_envs * settings.steps / (ended - between))
-            idle["sampler"] += (idle_between - idle_before) / (between - started)
-            idle["bare"] += (idle_seconds() - idle_between) / (ended - between)
     if max(off) > 1e-3:
         sys.exit(f"The bare games are {max(off):.3f} m from where the sampler's are: not the same work, so no figure.")
 
-    scale = 1000 / (settings.num_envs * settings.steps * settings.rounds)
+    beside = {"bare": turns["sampler"][::2], "lockstep": turns["sampler"][1::2]}
+    turns = {side: these[2 if side == "sampler" else 1 :] for side, these in turns.items()}  # the first ones warmed up
     result = {
-        "bare": statistics.median(rates["bare"]),
-        "sampler": statistics.median(rates["sampler"]),
-        "ratio": statistics.median(s / b for s, b in zip(rates["sampler"], rates["bare"], strict=True)),
-        "rates": rates,
+        "ratio": {
+            side: statistics.median(s["rate"] / b["rate"] for s, b in zip(beside[side][1:], turns[side], strict=True))
+            for side in beside
+        },
+        "median_rate": {side: statistics.median(turn["rate"] for turn in these) for side, these in turns.items()},
+        "turns": turns,
         "episodes": episodes,
-        "idle_share": {name: seconds / settings.rounds / os.cpu_count() for name, seconds in idle.items()},
-        "cpu_ms_per_decision": {party: (cpu_seconds(pids) - used[party]) * scale for party, pids in parties.items()},
         "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items()},
         "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
         "setting": ppo_tuxkart.describe_setting(args),
     }
-    print(f"{settings.num_envs} games, {os.cpu_count()} cores, decisions/s, median of {settings.rounds} rounds")
-    for name in ("bare", "sampler"):
-        print(f"{name:8}{result[name]:7.0f}   {' '.join(f'{rate:.0f}' for rate in rates[name])}")
-    print(f"ratio   {result['ratio']:7.3f}   median of the rounds' own ratios; {episodes} episodes ended")
-    print("CPU ms/decision: " + ", ".join(f"{k} {v:.2f}" for k, v in result["cpu_ms_per_decision"].items()))
-    print("idle: " + ", ".join(f"{name} {share:.1%}" for name, share in result["idle_share"].items()))
-    for pipe in pipes:
-        pipe.send(None)
+    print(f"{settings.num_envs} games, {os.cpu_count()} cores; {episodes} episodes ended")
+    print(f"{'':10}{'decisions/s':>12}{'idle':>8}   CPU ms/decision")
+    for side, these in turns.items():
+        spent = {party: statistics.mean(turn["cpu_ms"][party] for turn in these) for party in parties}
+        text = ", ".join(f"{party} {ms:.2f}" for party, ms in spent.items() if ms > 0.05)
+        idle = statistics.mean(turn["idle_share"] for turn in these)
+        print(f"{side:10}{result['median_rate'][side]:12.0f}{idle:8.1%}   {text}")
+    for side, ratio in result["ratio"].items():
+        print(f"sampler / {side} {ratio:.3f}, median of the rounds' own ratios")
+    for questions, _ in pipes:
+        questions.send(None)
     sampler.close()
     if settings.out:
         settings.out.write_text(json.dumps(result, indent=2) + "\n")
