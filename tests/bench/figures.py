@@ -75,24 +75,27 @@ def curves(settings):
 
 
 def search(settings):
-    """The world model's score against time and frames, and where each of its rounds began."""
-    run, rows, _ = load(settings.results / "carracing.jsonl")
+    """The world model's score against time and frames, in its two runs."""
     figure, (minutes, frames) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
-    for axes, key, unit in ((minutes, "charts/elapsed_seconds", 60), (frames, "charts/frames", 1e6)):
-        phase, dreams = "in the dream", {"x": [], "y": [], "error": []}
-        drives = {"x": [], "y": [], "error": []}
+    for name, marker in (("carracing", "o-"), ("carracing-2", "s--")):
+        run, rows, _ = load(settings.results / f"{name}.jsonl")
+        phase, found = "in the dream", {"in the dream": [], "on real tracks": []}
         for row in rows:
-            phase = "real" if "real/return_mean" in row else "dream" if "dream/return_mean" in row else phase
+            phase = "on real tracks" if "real/return_mean" in row else phase
+            phase = "in the dream" if "dream/return_mean" in row else phase
             if "controller/validation" in row:
-                points = drives if phase == "real" else dreams
-                points["x"].append(row[key] / unit)
-                points["y"].append(row["controller/validation"])
-                points["error"].append(row["controller/validation_std"] / run["validation_tracks"] ** 0.5)
-        for points, label in ((dreams, "searched in the dream"), (drives, "searched on real tracks")):
-            axes.errorbar(points["x"], points["y"], points["error"], fmt="o-", markersize=3, linewidth=1, label=label)
+                error = row["controller/validation_std"] / run["validation_tracks"] ** 0.5
+                found[phase].append((row["charts/elapsed_seconds"] / 60, row["charts/frames"] / 1e6, row, error))
+        for (phase, points), colour in zip(found.items(), ("C0", "C1"), strict=True):
+            look = {"fmt": marker, "color": colour, "markersize": 3, "linewidth": 1}
+            label = f"searched {phase}, {run['population']} x {run['tracks']} tracks"
+            scores = [row["controller/validation"] for _, _, row, _ in points]
+            for axes, column in ((minutes, 0), (frames, 1)):
+                axes.errorbar([point[column] for point in points], scores, [p[3] for p in points], label=label, **look)
+    for axes, unit in ((minutes, "minutes"), (frames, "million frames driven")):
+        axes.set(xlabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
-    minutes.set(xlabel="minutes", ylabel="mean controller, 64 tracks")
-    frames.set(xlabel="million frames driven")
+    minutes.set(ylabel="mean controller, 64 tracks")
     frames.legend(fontsize=7, frameon=False, loc="lower right")
     figure.savefig(settings.docs / "carracing.png", dpi=110)
 
