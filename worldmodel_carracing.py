@@ -1402,7 +1402,7 @@ def stage_controller(run: Run, round_: int) -> bool:
     search.restore(state["search"])
 
     while state["step"] < total:
-        generation, dreaming, started, pace = state["step"], state["step"] < dreamt, time.time(), {}
+        generation, dreaming, started = state["step"], state["step"] < dreamt, time.time()
         vectors = gather(search.ask())[0]
         if dreaming:
             z, hidden = dream_starts(run, round_, generation)
@@ -1416,7 +1416,7 @@ def stage_controller(run: Run, round_: int) -> bool:
             }  # fmt: skip
             dreams = functools.reduce(dict.__or__, gather(dreams))
             returns = np.concatenate([dreams[number] for number in range(len(parts))])
-            rate = args.population * args.dream_starts * args.dream_steps / (time.time() - started)
+            driven = args.population * args.dream_starts * args.dream_steps
         else:
             first = TRAIN_TRACKS + args.seed * 10_000_000 + round_ * 1_000_000 + (generation - dreamt) * args.tracks
             seeds = range(first, first + args.tracks)
@@ -1425,32 +1425,35 @@ def stage_controller(run: Run, round_: int) -> bool:
                 for seed in seeds
                 for candidate in range(args.population)
             ]
-            driven, results = state["frames"], run.drive(candidates(vectors), jobs)
+            results = run.drive(candidates(vectors), jobs)
+            driven = sum(result["frames"] for result in results)
             returns = np.array([result["return"] for result in results]).reshape(args.tracks, -1).mean(0)
-            rate = (state["frames"] - driven) / (time.time() - started)
-            pace = {"real/tracks_per_hour": 3600 * len(jobs) / (time.time() - started)}
         if not np.isfinite(returns).all():
             raise Fault(f"A return of generation {generation} is not finite.")
+        seconds = time.time() - started
         search.tell(-returns)
         state["step"] += 1
         bar.update()
         figures = f"mean {returns.mean():.0f}, best {returns.max():.0f}, sigma {search.sigma:.3f}"
-        bar.set_postfix_str(figures + "".join(f", {tracks:.0f} tracks/hour" for tracks in pace.values()))
         kind = "dream" if dreaming else "real"
-        metrics = {f"{kind}/return_mean": returns.mean(), f"{kind}/return_best": returns.max()} | pace
-        metrics |= {f"{kind}/frames_per_second": rate, "search/sigma": search.sigma}
+        metrics = {f"{kind}/return_mean": returns.mean(), f"{kind}/return_best": returns.max()}
+        metrics |= {f"{kind}/frames_per_second": driven / seconds, "search/sigma": search.sigma}
         metrics |= {"search/longest_axis": search.scales.max(), "search/shortest_axis": search.scales.min()}
+        if not dreaming:
+            metrics["real/tracks_per_hour"] = 3600 * len(jobs) / seconds
+            figures += f", {metrics['real/tracks_per_hour']:.0f} tracks/hour"
+        bar.set_postfix_str(figures)
         over = gather(state["elapsed"] + time.time() - run.clock)[0] > 3600 * args.hours and state["step"] < total
         if state["step"] % args.eval_interval == 0 or state["step"] in (dreamt, total) or over:
             metrics |= look(search)
             run.logger.board.add_histogram("search/axes", search.scales, run.iteration + 1)
             if dreaming:
-                place, mean = (part[:, :1].contiguous() for part in hidden), candidates(search.mean[None])[0]
-                film = picture_dream(agent, mean, z[:1], tuple(place), args.dream_steps, args.temperature)
+                mean, place = candidates(search.mean[None])[0], tuple(part[:, :1] for part in hidden)
+                film = picture_dream(agent, mean, z[:1], place, args.dream_steps, args.temperature)
                 run.logger.film("dream", list(film), 50 / args.action_repeat, run.iteration + 1)
-            if dreaming and state["step"] - state["stage_best"]["step"] >= DISBELIEF * args.eval_interval:
-                bar.update(dreamt - state["step"])
-                state["step"] = dreamt  # what it finds is good in the dream alone
+                if state["step"] - state["stage_best"]["step"] >= DISBELIEF * args.eval_interval:
+                    bar.update(dreamt - state["step"])
+                    state["step"] = dreamt  # what it finds is good in the dream alone
         if state["step"] == dreamt:  # the dream's word is not taken: reality chooses where the real search begins
             start = state["stage_best"]
             mean = start["controller"].numpy().ravel().astype(np.float64)

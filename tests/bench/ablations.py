@@ -42,23 +42,23 @@ def search(workers, agent, args, frames, interval, say):
     cmaes = wm.CMAES(np.zeros(shape.numel()), args.sigma, args.population, seed=args.seed)
     driven, curve, started = 0, [], time.time()
 
-    def returns(vectors, seeds, **more):
+    def returns(vectors, seeds, abort):
         nonlocal driven
         controllers = torch.from_numpy(vectors).float().view(-1, *shape)
         jobs = [
-            {"seed": seed, "controller": candidate, "limit": args.max_frames, **more}
+            {"seed": seed, "controller": candidate, "limit": args.max_frames, "abort": abort}
             for seed in seeds
             for candidate in range(len(controllers))
         ]
         results = workers.drive(controllers, jobs)
-        driven += sum(result["frames"] for result in results) if more else 0
+        driven += abort * sum(result["frames"] for result in results)  # validations are not counted
         return np.array([result["return"] for result in results]).reshape(len(seeds), -1)
 
     while True:
         over = driven >= frames
         if cmaes.generation % interval == 0 or over:
             first = wm.VALIDATION_TRACKS
-            scores = returns(cmaes.mean[None], range(first, first + args.validation_tracks))
+            scores = returns(cmaes.mean[None], range(first, first + args.validation_tracks), abort=False)
             curve.append([cmaes.generation, driven, time.time() - started, float(scores.mean()), float(scores.std())])
             say(f"generation {cmaes.generation}, {driven} frames: mean controller {scores.mean():.1f}")
         if over:

@@ -85,13 +85,14 @@ def search(settings):
             phase = "in the dream" if "dream/return_mean" in row else phase
             if "controller/validation" in row:
                 error = row["controller/validation_std"] / run["validation_tracks"] ** 0.5
-                found[phase].append((row["charts/elapsed_seconds"] / 60, row["charts/frames"] / 1e6, row, error))
+                spent = row["charts/elapsed_seconds"] / 60, row["charts/frames"] / 1e6
+                found[phase].append((*spent, row["controller/validation"], error))
         for (phase, points), colour in zip(found.items(), ("C0", "C1"), strict=True):
             look = {"fmt": marker, "color": colour, "markersize": 3, "linewidth": 1}
             label = f"searched {phase}, {run['population']} x {run['tracks']} tracks"
-            scores = [row["controller/validation"] for _, _, row, _ in points]
-            for axes, column in ((minutes, 0), (frames, 1)):
-                axes.errorbar([point[column] for point in points], scores, [p[3] for p in points], label=label, **look)
+            *spent, scores, errors = zip(*points, strict=True)
+            for axes, x in zip((minutes, frames), spent, strict=True):
+                axes.errorbar(x, scores, errors, label=label, **look)
     for axes, unit in ((minutes, "minutes"), (frames, "million frames driven")):
         axes.set(xlabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
