@@ -1,10 +1,10 @@
 """A night's faults, by hand: python tests/bench/soak.py learner --kills 100
                              python tests/bench/soak.py games --minutes 120
 
-learner: a small training is killed (SIGKILL) at random instants and resumed, until it is done; then its metrics and its
-weights must be those of a run that was never stopped. games: in every other ten minutes of a training, one of its game
-processes is killed once a minute, every fifth time stopped (SIGSTOP) instead, so that it hangs; the table compares
-decisions/s with and without, and samples the learner's memory, descriptors and children.
+learner: a small training is killed (SIGKILL) at random instants and resumed, until it is done; then its metrics and
+its weights must be those of a run that was never stopped. games: while a kart learns, one of the games that are being
+played is killed every 48 s for 16 minutes, then none for 4, and so on; the table compares the decisions/s of the two,
+iterations with an evaluation aside, and samples the learner's memory, descriptors, children and shared memory.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import tyro
 from conftest import alive, children, command, metrics
-from processes import megabytes
+from processes import cpu_seconds, megabytes
 
 
 @dataclasses.dataclass
@@ -42,14 +42,21 @@ class Learner:
 
 @dataclasses.dataclass
 class Games:
-    """Kills games, once a minute."""
+    """Kills games."""
 
-    minutes: int = 120
+    minutes: float = 120
     """how long"""
-    num_envs: int = 16
-    """game processes"""
+    track: str = "scotland"
+    """where the kart learns"""
+    total_timesteps: int = 10**9
+    """decisions of the training, which must last longer than this"""
+    folder: Path | None = None
+    """where to learn; the run stays there as runs/soak. A temporary one unless given"""
     out: Path | None = None
     """JSON file to write"""
+
+
+PERIOD, KILLS, CALM = 48.0, 20, 240.0  # seconds from one kill to the next, how many in a row, and seconds without
 
 
 def soak_learner(settings, folder):
@@ -99,57 +106,75 @@ def soak_learner(settings, folder):
     }
 
 
+def playing(games):
+    """Those of some processes that work: races for an evaluation wait in games of their own."""
+    before = {pid: cpu_seconds([pid]) for pid in games}
+    time.sleep(0.5)
+    return [pid for pid in games if cpu_seconds([pid]) > before[pid]]
+
+
 def soak_games(settings, folder):
-    typed = ["--num-envs", settings.num_envs, "--total-timesteps", 10**9, "--eval-interval", 0, "--name", "soak"]
+    typed = ["--track", settings.track, "--total-timesteps", settings.total_timesteps, "--name", "soak"]
     shared = set(os.listdir("/dev/shm"))
     process = subprocess.Popen(
         command("ppo_tuxkart", *typed), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    rows, chance, samples, killed, seen = folder / "runs" / "soak" / "metrics.jsonl", random.Random(0), [], 0, set()
-    while not rows.exists():
+    file, chance = folder / "runs" / "soak" / "metrics.jsonl", random.Random(0)
+    while not file.exists() and process.poll() is None:
         time.sleep(1)
-    started = time.time()
-    while process.poll() is None and time.time() < started + 60 * settings.minutes:
-        time.sleep(60)
-        minute = int((time.time() - started) / 60)
-        games = children(process.pid)
-        disturbed = minute // 10 % 2 == 1
-        if disturbed:
-            killed += 1
-            os.kill(chance.choice(games), signal.SIGSTOP if killed % 5 == 0 else signal.SIGKILL)
-        seen |= set(games)
-        row = metrics(rows.parent)[-1]
-        samples.append({
-            "minute": minute, "disturbed": disturbed, "rss_mb": megabytes(process.pid, "VmRSS"), "games": len(games),
-            "descriptors": len(os.listdir(f"/proc/{process.pid}/fd")), "decisions": row["global_step"],
-            "lost_games": row["charts/lost_games"], "shared_segments": len(set(os.listdir("/dev/shm")) - shared),
-        })  # fmt: skip
-        print(samples[-1], flush=True)
+    started, kills, seen, samples, rows, mixed = time.time(), 0, set(), [], [], True
+    disturbed, next_kill = True, started + PERIOD
+    while process.poll() is None and (now := time.time()) < started + 60 * settings.minutes:
+        was, disturbed = disturbed, (now - started - 1) % (KILLS * PERIOD + CALM) < KILLS * PERIOD
+        mixed |= was != disturbed  # the iteration that goes on belongs to neither
+        lines = file.read_text().splitlines()
+        for row in map(json.loads, lines[len(rows) :]):
+            kind = None if mixed or any(key.startswith("eval/") for key in row) else disturbed
+            rows.append({"disturbed": kind, "seconds": 1 / row["charts/SPS"], "lost": row["charts/lost_games"]})
+            mixed = False
+        if now >= next_kill and not disturbed:
+            next_kill += PERIOD
+        elif now >= next_kill and (games := playing(children(process.pid))):  # none plays while the network learns
+            os.kill(chance.choice(games), signal.SIGKILL)
+            kills += 1
+            next_kill += PERIOD
+        if now >= started + 60 * len(samples):
+            games = children(process.pid)
+            seen |= set(games)
+            samples.append({
+                "minute": round((now - started) / 60, 2), "kills": kills, "iterations": len(rows),
+                "rss_mb": round(megabytes(process.pid, "VmRSS"), 1), "children": len(games),
+                "descriptors": len(os.listdir(f"/proc/{process.pid}/fd")),
+                "shared_segments": len(set(os.listdir("/dev/shm")) - shared),
+            })  # fmt: skip
+            print(samples[-1], flush=True)
+        time.sleep(0.2)
     if process.poll() is not None:
         sys.exit("The training stopped by itself.")
     process.send_signal(signal.SIGTERM)
     process.wait()
-    rates = {True: [], False: []}
-    for before, after in zip(samples[1:], samples[2:], strict=False):
-        rates[after["disturbed"]].append((after["decisions"] - before["decisions"]) / 60)
-    with_faults, without = (statistics.mean(rates[disturbed]) for disturbed in (True, False))
+    rates = {kind: 1 / statistics.mean(row["seconds"] for row in rows if row["disturbed"] is kind)
+             for kind in (True, False)}  # fmt: skip
     return {
-        "games killed or stopped": killed,
-        "replaced": samples[-1]["lost_games"],
+        "games killed": kills,
+        "replaced": rows[-1]["lost"],
         "left behind": len(alive(seen)),
-        "decisions/s without": without,
-        "decisions/s with": with_faults,
-        "ratio": with_faults / without,
+        "decisions/s without": rates[False],
+        "decisions/s with": rates[True],
+        "ratio": rates[True] / rates[False],
         "samples": samples,
+        "rows": rows,
     }
 
 
 def main(settings):
     with tempfile.TemporaryDirectory() as folder:
-        soak = soak_learner if isinstance(settings, Learner) else soak_games
-        result = soak(settings, Path(folder))
+        if isinstance(settings, Learner):
+            result = soak_learner(settings, Path(folder))
+        else:
+            result = soak_games(settings, settings.folder or Path(folder))
     for name, value in result.items():
-        if name != "samples":
+        if not isinstance(value, list):
             print(f"{name:32} {value}")
     if settings.out:
         settings.out.write_text(json.dumps(result, indent=1) + "\n")
