@@ -49,7 +49,7 @@ class Games:
     track: str = "scotland"
     """where the kart learns"""
     total_timesteps: int = 10**9
-    """decisions of the training, which must last longer than this"""
+    """decisions of the training; the soak ends with it, if that is sooner"""
     folder: Path | None = None
     """where to learn; the run stays there as runs/soak. A temporary one unless given"""
     out: Path | None = None
@@ -149,9 +149,9 @@ def soak_games(settings, folder):
             })  # fmt: skip
             print(samples[-1], flush=True)
         time.sleep(0.2)
-    if process.poll() is not None:
+    if process.poll():
         sys.exit("The training stopped by itself.")
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     process.wait()
     rates = {kind: 1 / statistics.mean(row["seconds"] for row in rows if row["disturbed"] is kind)
              for kind in (True, False)}  # fmt: skip
