@@ -49,17 +49,16 @@ class School:
     """JSON file to write"""
 
 
-def learn(settings, name, options):
-    """Trains until the end, or goes on with what is there. Returns the last checkpoint."""
-    command = [sys.executable, str(ROOT / "ppo_tuxkart.py")]
-    if (settings.folder / "runs" / name / "last.pt").exists():
+def learn(script, folder, name, track, decisions, options):
+    """Trains until the end, or goes on with what is there; says so and ends where that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / f"{script}.py")]
+    if (folder / "runs" / name / "last.pt").exists():
         command += ["--resume", f"runs/{name}"]
     else:
-        command += ["--name", name, "--track", settings.track, "--total-timesteps", str(settings.decisions)]
-        command += ["--eval-interval", "0", *options]
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(command, cwd=settings.folder, check=True, stderr=subprocess.DEVNULL)
-    return ppo_tuxkart.load_checkpoint(settings.folder / "runs" / name / "last.pt")
+        command += ["--name", name, "--track", track, "--total-timesteps", str(decisions), *options]
+    if subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL).returncode != 0:
+        sys.exit(f"{name} did not come to its end.")
 
 
 def race(settings, checkpoint, name):
@@ -99,7 +98,10 @@ def main(settings):
     points |= {f"actions-{name}": ["--actions", name] for name in settings.actions}
     table, maps = {}, {}
     for name, options in points.items():
-        checkpoint = learn(settings, name, options)
+        learn(
+            "ppo_tuxkart", settings.folder, name, settings.track, settings.decisions, ["--eval-interval", "0", *options]
+        )
+        checkpoint = ppo_tuxkart.load_checkpoint(settings.folder / "runs" / name / "last.pt")
         races, geometry = race(settings, checkpoint, name)
         summary = ppo_tuxkart.summarize(races)
         lines = (settings.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
