@@ -417,7 +417,8 @@ class TuxKartEnv(gym.Env):
     `reset(seed=...)` loads the track anew (0.6 s), so that nothing of the episodes before is left, not even in the
     camera's motion; without a seed a reset takes a hundredth of that. `reset(seed=..., options={"race": True})` starts
     an evaluation race: from the line, with a disturbance drawn from the seed (up to 2 m aside, 10 degrees askew and
-    0.2 s late), ended by the finish, the time limit or 15 s without progress.
+    0.2 s late), ended by the finish, the time limit or 15 s without progress. `options={"track": name}` changes the
+    track.
     One game runs per process: use `Games` or gymnasium's AsyncVectorEnv for more. With `driver="ai"` the game's own AI
     drives, nothing is drawn, actions are ignored and observations are black.
     """
@@ -503,8 +504,9 @@ class TuxKartEnv(gym.Env):
         if self._stk is None:
             self._boot()
         options = options or {}
-        self.in_race = bool(options.get("race"))
-        if self._race is None or seed is not None or self.driver == "ai":  # a restart would take the wheel from the AI
+        self.in_race, before, self.track = bool(options.get("race")), self.track, options.get("track", self.track)
+        anew = self._race is None or seed is not None or self.track != before
+        if anew or self.driver == "ai":  # a restart would take the wheel from the AI
             self._load_race()
             self._history: list[dict] = []
         else:
@@ -601,7 +603,7 @@ class TuxKartEnv(gym.Env):
             "return": sum(self._parts.values()),
             "from_line": self._from_line,
             "end": end,
-            **({"snapshot": self.snapshot, "trail": self.trail} if self.in_race else {}),
+            **({"track": self.track, "snapshot": self.snapshot, "trail": self.trail} if self.in_race else {}),
         } | {f"reward/{name}": total for name, total in self._parts.items()}
 
     def _events(self, controls: Controls) -> tuple[str, ...]:
@@ -854,10 +856,10 @@ def gather(thing: Any) -> list:
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of (B,) values, over all ranks' together."""
-    count = len(values) * (dist.get_world_size() if dist.is_initialized() else 1)
-    mean = mean_over_ranks(values.mean())
-    variance = mean_over_ranks(((values - mean) ** 2).mean()) * (count / (count - 1))
+    """Mean and standard deviation of (B,) values, over all ranks' together, of which each may have another B."""
+    count, total = mean_over_ranks(torch.stack([values.new_tensor(len(values)), values.sum()]))
+    mean, ranks = total / count, dist.get_world_size() if dist.is_initialized() else 1
+    variance = mean_over_ranks(((values - mean) ** 2).sum()) / (count - 1 / ranks)
     return mean, variance.sqrt()
 
 
@@ -1190,13 +1192,18 @@ def race_games(args: Args, track: str, driver: str = "agent") -> Games:
     return Games([make_env(args, track, driver=driver)] * min(args.eval_episodes, 2 * (os.cpu_count() or 1)))
 
 
-def run_races(games: Games, policy: Callable, seeds: Sequence[int], keep_frames: int = 0) -> list[dict]:
+def run_races(
+    games: Games, policy: Callable, seeds: Sequence[int], keep_frames: int = 0, tracks: Sequence[str] = ()
+) -> list[dict]:
     """Drives one evaluation race per seed. policy: pictures (K, C, H, W) -> actions (K, A).
 
-    Returns a list of dicts in the order of the seeds: the env's final info (with the snapshot that replays the race,
-    and its trail: clock, x, y, z, speed), the seed, and, for the first `keep_frames` races, the newest picture of every
-    decision, uint8 (T, H, W, 3).
+    Several tracks take turns. Returns a list of dicts in the order of the seeds: the env's final info (with the track,
+    the snapshot that replays the race, and its trail: clock, x, y, z, speed), the seed, and, for the first
+    `keep_frames` races, the newest picture of every decision, uint8 (T, H, W, 3).
     """
+    options: dict[int, dict] = {seed: {"race": True} for seed in seeds}
+    for k, seed in enumerate(seeds if tracks else ()):
+        options[seed]["track"] = tracks[k % len(tracks)]
     waiting = deque(seeds)
     racing: dict[int, int] = {}  # {game: seed}
     results: dict[int, dict] = {}
@@ -1205,7 +1212,7 @@ def run_races(games: Games, policy: Callable, seeds: Sequence[int], keep_frames:
         if waiting and len(racing) <= len(games) // 2:  # the others wait while tracks load, so several load at once
             starts = {i: waiting.popleft() for i in range(len(games)) if i not in racing and waiting}
             racing |= starts
-            games.ask("reset", {i: {"seed": seed, "options": {"race": True}} for i, seed in starts.items()})
+            games.ask("reset", {i: {"seed": seed, "options": options[seed]} for i, seed in starts.items()})
         for i, seed in racing.items():
             if seed in frames:
                 frames[seed].append(games.newest[i, -3:].transpose(1, 2, 0).copy())
@@ -1291,13 +1298,17 @@ def draw_map(geometry: TrackGeometry, races: list[dict], size: int = 600) -> np.
 
 
 def summarize(races: list[dict]) -> dict:
-    """Figures of a set of races, for evaluation.json and the logs."""
+    """Figures of a set of races, for evaluation.json and the logs; the median is the mean of the tracks' medians."""
     laps = [float(race["lap_time"]) for race in races if race["finished"]]
+    tracks: dict[str, list[float]] = {race["track"]: [] for race in races if race["finished"]}
+    for race in races:
+        if race["finished"]:
+            tracks[race["track"]].append(float(race["lap_time"]))
     return {
         "races": len(races),
         "finished": len(laps),
         "lap_times": laps,
-        "median": float(np.median(laps)) if laps else None,
+        "median": float(np.mean([np.median(times) for times in tracks.values()])) if laps else None,
         "best": min(laps) if laps else None,
         "completion_interval": wilson_interval(len(laps), len(races)),
         "ends": dict(Counter(str(race["end"]) for race in races)),
@@ -1348,16 +1359,32 @@ def write_mosaic(races: list[dict], path: Path, fps: float) -> None:
 
 
 def evaluate(args: Args, checkpoint: dict) -> None:
-    """Races a checkpoint, greedy and sampled, beside the game's AI; writes evaluation.json, two films and a map."""
-    import imageio.v2
-
+    """Races a checkpoint on every track, greedy and sampled, beside the game's AI."""
     assert args.evaluate is not None
-    started, device, here, track = time.time(), pick_device(args.device), describe_setting(args), args.track[0]
+    device, here = pick_device(args.device), describe_setting(args)
     agent = Agent(here["observation"], here["actions"]).to(device)
     load_weights(agent, checkpoint, args.evaluate, here)
     note_differences(checkpoint["made_on"], here)
     torch.set_num_threads(1)
+    results = [
+        evaluate_track(dataclasses.replace(args, track=(track,)), agent, device, checkpoint["iteration"])
+        for track in args.track
+    ]
+    if len(results) > 1:
+        print(f"{'':24}{'finished':>10}{'median':>10}{'the AI':>10}{'ratio':>8}")
+    for result in results if len(results) > 1 else ():
+        done, times = f"{result['finished']}/{len(result['seeds'])}", [result["median"], result["ai_median"]]
+        cells = [f"{seconds:.2f} s" if seconds else "-" for seconds in times]
+        ratio = f"{result['ratio']:.3f}" if result["ratio"] else "-"
+        print(f"{result['track'][0]:24}{done:>10}{cells[0]:>10}{cells[1]:>10}{ratio:>8}")
 
+
+def evaluate_track(args: Args, agent: Agent, device: torch.device, iteration: int) -> dict:
+    """Races on the one track of `args`; writes evaluation.json, two films and a map. Returns what is in the first."""
+    import imageio.v2
+
+    assert args.evaluate is not None
+    started, here, track = time.time(), describe_setting(args), args.track[0]
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
     drivers = {
         "greedy": ("agent", network_policy(agent, device, greedy=True), 16),
@@ -1377,7 +1404,7 @@ def evaluate(args: Args, checkpoint: dict) -> None:
             folder.mkdir(parents=True)
             film = start_film(args, track, races[name], folder / "best_race.mp4")  # beside the other races
 
-    result = here | {"checkpoint": str(args.evaluate), "iteration": checkpoint["iteration"], "seeds": seeds}
+    result = here | {"checkpoint": str(args.evaluate), "iteration": iteration, "seeds": seeds}
     result |= {name: summarize(races[name]) for name in drivers}
     result |= {key: result["greedy"][key] for key in ("finished", "lap_times", "median", "off_track_seconds")}
     result |= {"ai_lap_times": result["ai"]["lap_times"], "ai_median": result["ai"]["median"]}
@@ -1409,6 +1436,7 @@ def evaluate(args: Args, checkpoint: dict) -> None:
     write_mosaic(races["greedy"], folder / "mosaic.mp4", 1 / args.step_size)
     film.join()
     print(f"written to {folder}/: evaluation.json, map.png, best_race.mp4, mosaic.mp4 ({time.time() - started:.0f} s)")
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1664,7 +1692,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                 if args.num_karts > 1:
                     metrics["charts/position"], metrics["charts/win_rate"] = positions.mean(), (positions == 1).mean()
                 correlation = lap_correlation(list(zip(returns, laps, strict=True)))
-                if correlation is not None:
+                if correlation is not None and len(args.track) == 1:  # a longer track pays more, and takes longer
                     metrics["charts/return_lap_correlation"] = correlation
                 if finished.any():
                     metrics["charts/lap_time"] = laps[finished > 0].mean()
@@ -1677,14 +1705,15 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                 torch.set_num_threads(1)
                 first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
                 seeds = range(first, first + args.eval_episodes)
-                races = run_races(arena, network_policy(agent, device, greedy=True), seeds, keep_frames=1)
+                races = run_races(arena, network_policy(agent, device, greedy=True), seeds, 1, args.track)
                 summary = summarize(races)
                 passed = summary["finished"] == summary["races"]
                 metrics |= {f"eval/{key}": summary[key] for key in ("finished", "progress", "off_track_seconds")}
                 if summary["finished"]:
                     metrics |= {"eval/median_lap": summary["median"], "eval/best_lap": summary["best"]}
                 logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
-                picture = draw_map(arena.get("geometry")[0], races)
+                geometry, track = arena.get("geometry")[0], arena.get("track")[0]
+                picture = draw_map(geometry, [race for race in races if race["track"] == track])
                 logger.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
                 names = action_sizes(args.actions, args.speeds)
                 for name, chosen in zip(names, sampler.actions.unbind(-1), strict=True):

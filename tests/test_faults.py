@@ -1,5 +1,6 @@
 """What a night of training brings: games that die or hang, numbers that are none, full disks, foreign files, ranks."""
 
+import contextlib
 import faulthandler
 import functools
 import json
@@ -20,8 +21,10 @@ import pytest
 import torch
 import torch.multiprocessing
 from conftest import ROOT, SIGKILL, alive, children, command, lines_of, metrics, run, start_and_signal, wait_for
+from test_worldmodel import SMALL as CAR
 
 import ppo_tuxkart
+import ppo_tuxkart_resnet
 
 SMALL = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs", 1, "--eval-interval", 0)
 
@@ -241,26 +244,45 @@ def test_a_line_that_a_full_disk_cut_off_is_dropped(tmp_path):
 # --- ranks
 
 
-def update_as_rank(rank, world, port, folder):
-    agent, optimizer, batch = tiny_batch()
+def deep_batch(size=32):
+    """The same for ppo_tuxkart_resnet.py, with random bursts, of which every rank gets another number."""
+    torch.manual_seed(1)
+    agent = ppo_tuxkart_resnet.Agent((3, 36, 36), [3, 2], "impala", 4, 1, "lstm")
+    batch = {"obs": torch.randint(0, 256, (8, size // 8, 3, 36, 36), dtype=torch.uint8)}
+    batch |= {"actions": torch.stack([torch.randint(0, n, (8, size // 8)) for n in (3, 2)], -1)}
+    batch |= {key: torch.randn(8, size // 8) for key in ("logprobs", "values", "advantages", "returns")}
+    batch |= {"starts": torch.rand(8, size // 8) < 0.2, "own": torch.rand(8, size // 8) < 0.7}
+    batch |= {"state": torch.randn(size // 8, agent.state_size)}
+    return agent, torch.optim.Adam(agent.parameters(), lr=1e-3), batch
+
+
+def update_as_rank(rank, world, port, folder, deep):
+    agent, optimizer, batch = deep_batch() if deep else tiny_batch()
     if world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    share = {key: value.chunk(world)[rank] for key, value in batch.items()}
-    scalars = ppo_tuxkart.ppo_update(agent, optimizer, share, UPDATE)
+    if deep:  # every rank has some of the environments
+        share = {key: value.chunk(world, 0 if key == "state" else 1)[rank] for key, value in batch.items()}
+        args = ppo_tuxkart_resnet.Args(num_minibatches=1, epochs=2, target_kl=10.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scalars = ppo_tuxkart_resnet.ppo_update(agent, optimizer, scaler, share, args)
+    else:
+        share = {key: value.chunk(world)[rank] for key, value in batch.items()}
+        scalars = ppo_tuxkart.ppo_update(agent, optimizer, share, UPDATE)
     torch.save({"agent": agent.state_dict(), "scalars": scalars}, folder / f"{world}-{rank}.pt")
 
 
+@pytest.mark.parametrize("deep", [False, True], ids=["ppo_tuxkart", "ppo_tuxkart_resnet"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_take_the_steps_of_one(world, tmp_path):
+def test_ranks_take_the_steps_of_one(world, deep, tmp_path):
     """Several ranks, each with its share of the batch, against one process with all of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    update_as_rank(0, 1, port, tmp_path)
-    torch.multiprocessing.spawn(update_as_rank, (world, port, tmp_path), nprocs=world)
+    update_as_rank(0, 1, port, tmp_path, deep)
+    torch.multiprocessing.spawn(update_as_rank, (world, port, tmp_path, deep), nprocs=world)
     one = torch.load(tmp_path / "1-0.pt", weights_only=True)
-    start = tiny_batch()[0].state_dict()
+    start = (deep_batch() if deep else tiny_batch())[0].state_dict()
     for rank in range(world):
         mine = torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True)
         for name, weights in one["agent"].items():
@@ -301,31 +323,35 @@ def test_torchrun_restarts_from_the_last_checkpoint_when_a_rank_is_killed(tmp_pa
 
 
 def internet_sockets(pid):
-    """The process's TCP and UDP sockets, by Linux's /proc."""
-    inodes = set()
+    """The process's TCP and UDP sockets, by Linux's /proc; none once it has ended."""
+    inodes, lines = set(), []
     for link in Path(f"/proc/{pid}/fd").glob("*"):
-        try:
+        with contextlib.suppress(OSError):
             inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
-        except OSError:
-            pass
-    tables = [Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:] for kind in ("tcp", "tcp6", "udp", "udp6")]
-    return [line for table in tables for line in table if line.split()[9] in inodes]
+    for kind in ("tcp", "tcp6", "udp", "udp6"):
+        with contextlib.suppress(OSError):
+            lines += Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]
+    return [line for line in lines if line.split()[9] in inodes]
 
 
-def test_nothing_listens_and_nothing_leaves_the_machine(tmp_path):
-    settings = [*SMALL, "--total-timesteps", 100_000, "--name", "private"]
+WHOLE_RUNS = {"ppo_tuxkart": [*SMALL, "--total-timesteps", 64], "ppo_tuxkart_resnet": [*SMALL, "--total-timesteps", 64]}
+WHOLE_RUNS |= {"worldmodel_carracing": [*CAR, "--workers", 2]}
+
+
+@pytest.mark.parametrize("script", WHOLE_RUNS)
+def test_nothing_listens_and_nothing_leaves_the_machine(script, tmp_path):
     process = subprocess.Popen(
-        command("ppo_tuxkart", *settings), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(script, *WHOLE_RUNS[script]), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        rows = tmp_path / "runs" / "private" / "metrics.jsonl"
-        seen, deadline = [], time.monotonic() + 300
-        while lines_of(rows) < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            games = children(process.pid)
-            seen += [line for pid in (process.pid, *games) for line in internet_sockets(pid)]
+        seen, most, deadline = [], 0, time.monotonic() + 600
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            workers = children(process.pid)
+            seen += [line for pid in (process.pid, *workers) for line in internet_sockets(pid)]
+            most = max(most, len(workers))
             time.sleep(0.02)
-        assert len(games) == 2 and not seen
+        assert process.returncode == 0 and most >= 2 and not seen
     finally:
         process.kill()
         process.wait()

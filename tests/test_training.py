@@ -1,5 +1,6 @@
 """Learning, stopping, resuming and evaluating on the real game, as a user does it."""
 
+import functools
 import json
 
 import imageio.v3
@@ -8,6 +9,8 @@ import pytest
 import torch
 from conftest import INSTALLED, SIGINT, SIGKILL, alive, metrics, run, start_and_signal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_tuxkart
 
 SMALL = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs", 1, "--eval-interval", 0)
 
@@ -76,6 +79,38 @@ def test_evaluation_races_greedy_sampled_and_the_ai(trained, engine):
     mosaic = imageio.v3.imread(written / "mosaic.mp4")
     assert mosaic.shape[1:] == (256, 256, 3) and mosaic[10, :128].std() > 20
     assert ("learnt with engine" in finished.stdout) == (engine != INSTALLED[0])
+
+
+def test_several_tracks_are_learnt_and_raced(tmp_path):
+    tracks = ["lighthouse", "scotland"]
+    short = ["--total-timesteps", 64, "--eval-interval", 2, "--eval-episodes", 2, "--max-seconds", 3]
+    learnt = run(*SMALL, "--track", *tracks, *short, "--name", "two", cwd=tmp_path)
+    assert learnt.returncode == 0, learnt.stderr
+    assert metrics(tmp_path / "runs" / "two")[-1]["eval/progress"] < 0.5
+    races = ["--eval-episodes", 1, "--max-seconds", 60]
+    finished = run("--evaluate", tmp_path / "runs" / "two" / "best.pt", *races, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for track, least, most in (("lighthouse", 28, 42), ("scotland", 42, 56)):
+        (written,) = (tmp_path / "runs").glob(f"best-{track}-*")
+        result = json.loads((written / "evaluation.json").read_text())
+        assert result["track"] == [track] and least < result["ai_median"] < most
+        assert [track, f"{result['ai_median']:.2f}"] in [
+            [words[0], words[-3]] for words in map(str.split, finished.stdout.splitlines()[-2:])
+        ]
+
+
+def test_races_on_several_tracks_are_those_on_each():
+    def race(tracks, seeds):
+        games = ppo_tuxkart.Games([functools.partial(ppo_tuxkart.TuxKartEnv, max_seconds=2.0)] * 2)
+        try:
+            races = ppo_tuxkart.run_races(games, lambda obs: np.tile([2, 0, 0, 0], (len(obs), 1)), seeds, tracks=tracks)
+        finally:
+            games.close()
+        return {(one["track"], one["seed"]): one["trail"] for one in races}
+
+    mixed = race(["scotland", "lighthouse"], [1, 2, 3, 4])
+    assert list(mixed) == [("scotland", 1), ("lighthouse", 2), ("scotland", 3), ("lighthouse", 4)]
+    assert mixed == race(["scotland"], [1, 3]) | race(["lighthouse"], [2, 4])
 
 
 def test_weights_start_another_run(trained):
