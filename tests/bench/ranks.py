@@ -90,6 +90,7 @@ def all_reduce(rank, world, file, sizes, messages, found):
             tensor.fill_(1)
         if rank == 0:
             found[size] = statistics.median(seconds)
+    dist.destroy_process_group()
 
 
 def communication(machines, minibatches, numbers, latency, bandwidth):
