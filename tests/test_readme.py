@@ -81,7 +81,7 @@ def test_links_lead_to_the_line_they_name():
 
 # flags of other programs and of the measurements
 OTHERS = (
-    "checkpoint seconds first-round frames episodes help logdir dist extra-index-url standalone nproc-per-node "
+    "kills checkpoint seconds first-round frames episodes help logdir dist extra-index-url standalone nproc-per-node "
     "max-restarts nnodes rdzv-endpoint"
 )
 
