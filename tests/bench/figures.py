@@ -3,7 +3,7 @@
     python tests/bench/figures.py --film runs/<evaluation>/best_race.mp4 --lap runs/<run>/best_lap.mp4
 
 docs/scotland.gif and docs/carracing.gif from what was filmed, docs/learning.png and docs/carracing.png from the
-metrics.jsonl of runs, kept under tests/bench/results/.
+metrics.jsonl of runs, docs/peers.png from what learning_peers.py kept, all under tests/bench/results/.
 """
 
 import dataclasses
@@ -101,6 +101,25 @@ def search(settings):
     figure.savefig(settings.docs / "carracing.png", dpi=110)
 
 
+def peers(settings):
+    """What ours and Stable-Baselines3's PPO learnt by minutes, a line a seed."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    labels = {"ours": "ppo_tuxkart.py", "sb3": "Stable-Baselines3", "sb3:tuned": "Stable-Baselines3, tuned"}
+    colours = dict(zip(labels, ("C0", "C1", "C2"), strict=True))
+    for path in sorted((settings.results / "learning-peers").glob("*.json")):
+        run = json.loads(path.read_text())
+        minutes = [row["seconds"] / 60 for row in run["rows"]]
+        label = labels[run["peer"]] if run["seed"] == 1 else None
+        for axes, key in zip(panels, ("progress", "finish_rate"), strict=True):
+            values = [row.get(key, np.nan) for row in run["rows"]]
+            axes.plot(minutes, values, color=colours[run["peer"]], label=label, linewidth=1)
+    for axes, what in zip(panels, ("lap covered", "races finished"), strict=True):
+        axes.set(xlabel="minutes of sampling and learning", ylabel=f"{what}, sampled", ylim=(0, 1.02))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize=7, frameon=False)
+    figure.savefig(settings.docs / "peers.png", dpi=110)
+
+
 def moving_picture(film, path, size, every):
     frames = imageio.v3.imread(film)[::every]
     frames = [Image.fromarray(frame).resize(size).quantize(48) for frame in frames[:120]]
@@ -111,6 +130,7 @@ def main(settings):
     settings.docs.mkdir(exist_ok=True)
     curves(settings)
     search(settings)
+    peers(settings)
     if settings.film:
         moving_picture(settings.film, settings.docs / "scotland.gif", (256, 192), 2)  # ten a second
     if settings.lap:
