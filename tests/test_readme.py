@@ -79,10 +79,17 @@ def test_links_lead_to_the_line_they_name():
         assert int(line) in found, f"{name} is in {file} at {found}"
 
 
+def test_tables_are_whole():
+    """As many cells in every row as in the line under the heading."""
+    for table in re.findall(r"(?:^ *\|.*\n)+", TEXT, re.MULTILINE):
+        rows = [re.sub(r"`[^`]*`", "", row).count("|") for row in table.splitlines()]
+        assert len(set(rows)) == 1, table
+
+
 # flags of other programs and of the measurements
 OTHERS = (
-    "kills checkpoint seconds first-round frames episodes help logdir dist extra-index-url standalone nproc-per-node "
-    "max-restarts nnodes rdzv-endpoint"
+    "kills checkpoint iterations seconds first-round frames episodes help logdir dist extra-index-url standalone "
+    "nproc-per-node max-restarts nnodes rdzv-endpoint"
 )
 
 
