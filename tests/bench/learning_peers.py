@@ -69,7 +69,8 @@ def learn(settings):
     torch.set_num_threads(settings.threads)
     curve = Curve()
     PLAY[peer.split(":")[0]](args, make_agent(args), settings, curve)
-    plain = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key not in ("peers", "seeds")}
+    without = ("peers", "seeds", "folder", "turn")
+    plain = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key not in without}
     result, file = {"peer": peer, "seed": seed, "settings": plain, "rows": curve.rows}, run_file(settings, peer, seed)
     file.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
     file.with_suffix(".part").rename(file)  # the file is whole, or not there
