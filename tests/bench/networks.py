@@ -94,7 +94,7 @@ def main(settings):
         figure.savefig(settings.picture, dpi=100)
     if settings.out:
         result = {"table": table, "curves": curves}
-        result["settings"] = {key: str(value) for key, value in dataclasses.asdict(settings).items()}
+        result["settings"] = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key != "folder"}
         settings.out.write_text(json.dumps(result) + "\n")
 
 

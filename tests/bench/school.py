@@ -139,7 +139,8 @@ def main(settings):
             axis.set_title(f"--{kind} {what}\n{row['finished']} of {row['races']}, {lap}", fontsize=9)
         figure.savefig(settings.picture, dpi=100)
     if settings.out:
-        result = {"table": table, "settings": {k: str(v) for k, v in dataclasses.asdict(settings).items()}}
+        plain = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key != "folder"}
+        result = {"table": table, "settings": plain}
         settings.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
