@@ -89,7 +89,7 @@ def test_tables_are_whole():
 # flags of other programs and of the measurements
 OTHERS = (
     "kills checkpoint iterations seconds first-round frames episodes help logdir dist extra-index-url standalone "
-    "nproc-per-node max-restarts nnodes rdzv-endpoint peers folder names decisions"
+    "nproc-per-node max-restarts nnodes rdzv-endpoint peers folder names decisions picture out"
 )
 
 

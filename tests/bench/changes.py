@@ -5,7 +5,7 @@ to the script as it is, round by round. A turn's first iteration warms up. The f
 
 as it is      `ppo_tuxkart.Sampler` and `ppo_update`, as the script's own loop has them
 memory back   freed memory goes back to the kernel, as glibc would have it
-spinning      torch's threads spin while they wait
+spinning      torch's threads wait as they would by themselves, spinning for a while
 all sample    sampling with all of torch's threads, instead of one
 one group     all games in one group: nothing plays while the network looks
 channels      the network's pictures and weights with their channels first
@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,13 +25,13 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import torch
+import torch  # before ppo_tuxkart, as in peers.py
 import tyro
-from peers import Turn, Work, as_flags, environment, make_agent, make_args, play_ours
-from processes import adopt_orphans, end_all, print_rows
+from peers import Turn, Turns, as_flags, environment, make_agent, make_args, play_ours
+from processes import adopt_orphans, plain_settings, print_rows, run_turn
 
 Change = Literal["as it is", "memory back", "spinning", "all sample", "one group", "channels", "compiled"]
-WITHOUT = {"memory back": ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "spinning": ("OMP_WAIT_POLICY",)}
+UNSET = {"memory back": ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "spinning": ("OMP_WAIT_POLICY",)}
 PATCHES = {
     "all sample": (torch, "set_num_threads", lambda threads: None),
     "one group": (np, "array_split", lambda rows, parts: [rows]),
@@ -41,19 +40,9 @@ PATCHES = {
 
 
 @dataclasses.dataclass
-class Changes(Work):
+class Changes(Turns):
     changes: tuple[Change, ...] = get_args(Change)
     """which of them"""
-    rounds: int = 3
-    """turns of each"""
-    iterations: int = 3
-    """measured iterations a turn, after one that warms up"""
-    checkpoint: Path | None = None
-    """weights to begin with (default: untrained ones, whose episodes are short)"""
-    seed: int = 1
-    """seed of the network and the games"""
-    out: Path | None = None
-    """JSON file to write"""
     turn: Change | None = None
     """make this turn only, in this process, and print its figures as a line of JSON"""
 
@@ -68,21 +57,6 @@ def play_turn(settings):
             agent.compile()
         play_ours(args, agent, settings, turn)
     print(json.dumps(turn.figures()), flush=True)
-
-
-def run_turn(settings, change):
-    left_out = WITHOUT.get(change, ())
-    variables = {key: value for key, value in environment("ours").items() if key not in left_out}
-    if change == "spinning":
-        variables["OMP_WAIT_POLICY"] = "ACTIVE"  # ppo_tuxkart would set it otherwise
-    command = [sys.executable, __file__, "--turn", change, *as_flags(settings, ("changes", "turn", "out"))]
-    try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    finally:
-        end_all()
-    if done.returncode:
-        sys.exit(f"{change} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def summarize(turns):
@@ -102,12 +76,14 @@ def main(settings):
     turns = {name: [] for name in names}
     for number in range(settings.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:  # none is always the first
-            turns[name].append(run_turn(settings, name))
+            command = [sys.executable, __file__, "--turn", name, *as_flags(settings, ("changes", "turn", "out"))]
+            variables = {key: value for key, value in environment("ours").items() if key not in UNSET.get(name, ())}
+            turns[name].append(run_turn(command, variables))
             print(f"round {number + 1}, {name}: {turns[name][-1]['rate']:.0f} decisions/s", flush=True)
         if settings.out:
             result = {"table": summarize(turns), "turns": turns}
             result["machine"] = {"cores": os.cpu_count(), "torch": torch.__version__}
-            result["settings"] = {key: str(value) for key, value in dataclasses.asdict(settings).items()}
+            result["settings"] = plain_settings(settings)
             settings.out.write_text(json.dumps(result, indent=1) + "\n")
     columns = {
         "rate": ("decisions/s", "{:.0f}"),

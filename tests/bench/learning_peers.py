@@ -19,7 +19,7 @@ import numpy as np
 import torch  # before ppo_tuxkart, as in peers.py
 import tyro
 from peers import PLAY, Work, as_flags, environment, make_agent, make_args
-from processes import adopt_orphans, end_all
+from processes import adopt_orphans, end_all, plain_settings
 
 
 @dataclasses.dataclass
@@ -69,8 +69,7 @@ def learn(settings):
     torch.set_num_threads(settings.threads)
     curve = Curve()
     PLAY[peer.split(":")[0]](args, make_agent(args), settings, curve)
-    without = ("peers", "seeds", "folder", "turn")
-    plain = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key not in without}
+    plain = plain_settings(settings, ("peers", "seeds", "folder", "turn"))
     result, file = {"peer": peer, "seed": seed, "settings": plain, "rows": curve.rows}, run_file(settings, peer, seed)
     file.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
     file.with_suffix(".part").rename(file)  # the file is whole, or not there

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
-from processes import print_rows
+from processes import plain_settings, print_rows
 from school import learn
 
 matplotlib.use("Agg")
@@ -94,7 +94,7 @@ def main(settings):
         figure.savefig(settings.picture, dpi=100)
     if settings.out:
         result = {"table": table, "curves": curves}
-        result["settings"] = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key != "folder"}
+        result["settings"] = plain_settings(settings, ("folder", "picture", "out"))
         settings.out.write_text(json.dumps(result) + "\n")
 
 

@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ import gymnasium as gym
 import numpy as np
 import torch  # before ppo_tuxkart, which would change how torch's threads wait
 import tyro
-from processes import adopt_orphans, cpu_seconds, descendants, end_all, megabytes, print_rows
+from processes import adopt_orphans, cpu_seconds, descendants, megabytes, plain_settings, print_rows, run_turn
 from torch import nn
 from torch.distributions import Categorical
 
@@ -69,21 +68,27 @@ class Work:
 
 
 @dataclasses.dataclass
-class Peers(Work):
-    peers: tuple[Peer, ...] = get_args(Peer)
-    """who takes part"""
+class Turns(Work):
+    """How the turns are taken, here and in changes.py."""
+
     rounds: int = 5
     """turns of each"""
     iterations: int = 3
     """measured iterations a turn, after one that warms up"""
     checkpoint: Path | None = None
-    """weights that all but ec418 begin with (default: untrained ones, whose episodes are short)"""
-    ec418_decisions: int = 5_000
-    """decisions per iteration of ec418"""
+    """weights to begin with, but for ec418 (default: untrained ones, whose episodes are short)"""
     seed: int = 1
     """seed of the network and the games"""
     out: Path | None = None
     """JSON file to write"""
+
+
+@dataclasses.dataclass
+class Peers(Turns):
+    peers: tuple[Peer, ...] = get_args(Peer)
+    """who takes part"""
+    ec418_decisions: int = 5_000
+    """decisions per iteration of ec418"""
     turn: Peer | None = None
     """play this peer's turn only, in this process, and print its figures as a line of JSON"""
 
@@ -475,18 +480,6 @@ def as_flags(settings, without):
     return [word for pair in pairs for word in pair]
 
 
-def run_turn(settings, peer):
-    """One turn in a process of its own, all of which has ended when this returns its figures."""
-    command = [sys.executable, __file__, "--turn", peer, *as_flags(settings, ("peers", "turn", "out"))]
-    try:
-        done = subprocess.run(command, env=environment(peer), capture_output=True, text=True)
-    finally:
-        end_all()
-    if done.returncode:
-        sys.exit(f"{peer} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main(settings):
     peers = []
     for peer in settings.peers:
@@ -501,7 +494,8 @@ def main(settings):
     turns = {peer: [] for peer in peers}
     for number in range(settings.rounds):
         for peer in peers[number % len(peers) :] + peers[: number % len(peers)]:  # none is always the first
-            turns[peer].append(run_turn(settings, peer))
+            command = [sys.executable, __file__, "--turn", peer, *as_flags(settings, ("peers", "turn", "out"))]
+            turns[peer].append(run_turn(command, environment(peer)))
             print(f"round {number + 1}, {peer}: {turns[peer][-1]['rate']:.0f} decisions/s", flush=True)
 
         table = {peer: summarize(rows, turns.get("ours")) for peer, rows in turns.items()}
@@ -515,7 +509,7 @@ def write(settings, table, turns):
     result = {
         "table": table,
         "turns": turns,
-        "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items()},
+        "settings": plain_settings(settings),
         "hyperparameters": ppo_tuxkart.args_to_plain(args),
         "setting": ppo_tuxkart.describe_setting(args),
         "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},

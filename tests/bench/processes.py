@@ -1,9 +1,13 @@
-"""What Linux tells about a process and all that it started, and a table; used by the benches beside this file."""
+"""Processes as Linux knows them, turns of a bench, settings and tables; used by the benches beside this file."""
 
 import contextlib
 import ctypes
+import dataclasses
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +67,22 @@ def end_all():
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.05)
+
+
+def run_turn(command, environment):
+    """Runs a command, ends all that it left, and returns the JSON in the last line that it printed."""
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finally:
+        end_all()
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plain_settings(settings, without=()):
+    """A dataclass's fields as strings, but for some of them."""
+    return {key: str(value) for key, value in dataclasses.asdict(settings).items() if key not in without}
 
 
 def print_rows(columns, rows):

@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
-from processes import print_rows
+from processes import plain_settings, print_rows
 
 import ppo_tuxkart
 
@@ -139,8 +139,7 @@ def main(settings):
             axis.set_title(f"--{kind} {what}\n{row['finished']} of {row['races']}, {lap}", fontsize=9)
         figure.savefig(settings.picture, dpi=100)
     if settings.out:
-        plain = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key != "folder"}
-        result = {"table": table, "settings": plain}
+        result = {"table": table, "settings": plain_settings(settings, ("folder", "picture", "out"))}
         settings.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
