@@ -30,7 +30,7 @@ import threading
 import time
 import types
 import xml.etree.ElementTree
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -1240,11 +1240,10 @@ def network_policy(agent: Agent, device: torch.device, greedy: bool, seed: int =
     return policy
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, ...]:
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a rate (Wilson 1927), as two shares."""
-    middle, spread = successes / trials + z**2 / (2 * trials), successes * (trials - successes) / trials + z**2 / 4
-    return tuple(float(v) / (1 + z**2 / trials) for v in (middle - z * spread**0.5 / trials,
-                                                          middle + z * spread**0.5 / trials))  # fmt: skip
+    middle, spread = successes + z**2 / 2, z * (successes * (trials - successes) / trials + z**2 / 4) ** 0.5
+    return (middle - spread) / (trials + z**2), (middle + spread) / (trials + z**2)
 
 
 def lap_correlation(episodes: list[tuple[float, float]]) -> float | None:
@@ -1299,11 +1298,11 @@ def draw_map(geometry: TrackGeometry, races: list[dict], size: int = 600) -> np.
 
 def summarize(races: list[dict]) -> dict:
     """Figures of a set of races, for evaluation.json and the logs; the median is the mean of the tracks' medians."""
-    laps = [float(race["lap_time"]) for race in races if race["finished"]]
-    tracks: dict[str, list[float]] = {race["track"]: [] for race in races if race["finished"]}
+    laps, tracks = [], defaultdict(list)
     for race in races:
         if race["finished"]:
-            tracks[race["track"]].append(float(race["lap_time"]))
+            laps.append(float(race["lap_time"]))
+            tracks[race["track"]].append(laps[-1])
     return {
         "races": len(races),
         "finished": len(laps),
@@ -1572,6 +1571,40 @@ class Logger:
                 stream.close()
 
 
+def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args) -> dict[str, float]:
+    """Means over the last episodes that began on the start line; recent: a row of the columns' figures for each."""
+    if not recent:
+        return {}
+    returns, progress, finished, laps, positions, *parts = np.array(recent).T
+    metrics = {"charts/episodic_return": returns.mean(), "charts/progress": progress.mean()}
+    metrics["charts/finish_rate"] = finished.mean()
+    metrics |= {f"charts/{name}": part.mean() for name, part in zip(columns[5:], parts, strict=True)}
+    if args.num_karts > 1:
+        metrics |= {"charts/position": positions.mean(), "charts/win_rate": (positions == 1).mean()}
+    correlation = lap_correlation(list(zip(returns, laps, strict=True)))
+    if correlation is not None and len(args.track) == 1:  # a longer track pays more, and takes longer
+        metrics["charts/return_lap_correlation"] = correlation
+    if finished.any():
+        metrics["charts/lap_time"] = laps[finished > 0].mean()
+    return metrics
+
+
+def exam(
+    arena: Games, agent: Agent, device: torch.device, args: Args, logger: Logger, step: int
+) -> dict:  # fmt: skip
+    """Greedy races while learning, with a film and a map for TensorBoard. Returns what `summarize` makes of them."""
+    torch.set_num_threads(1)
+    first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
+    seeds = range(first, first + args.eval_episodes)
+    policy = network_policy(agent, device, greedy=True)
+    races = run_races(arena, policy, seeds, 1, args.track)
+    logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
+    geometry, track = arena.get("geometry")[0], arena.get("track")[0]
+    picture = draw_map(geometry, [race for race in races if race["track"] == track])
+    logger.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
+    return summarize(races)
+
+
 def next_lesson(lesson: dict, passed: bool) -> dict:
     """The speed curriculum. lesson: the speed cap, the last one that was passed or None, and the increment, in m/s.
 
@@ -1684,37 +1717,20 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             recent.extend(row for rows_of_rank in gather(rows) for row in rows_of_rank)
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/lost_games"] = sum(gather(sum(group.lost for group in games)))
+            metrics |= recent_metrics(recent, columns, args)
             if recent:
-                returns, progress, finished, laps, positions, *parts = np.array(recent).T
-                metrics["charts/episodic_return"], metrics["charts/progress"] = returns.mean(), progress.mean()
-                metrics["charts/finish_rate"] = finished.mean()
-                metrics |= {f"charts/{name}": part.mean() for name, part in zip(columns[5:], parts, strict=True)}
-                if args.num_karts > 1:
-                    metrics["charts/position"], metrics["charts/win_rate"] = positions.mean(), (positions == 1).mean()
-                correlation = lap_correlation(list(zip(returns, laps, strict=True)))
-                if correlation is not None and len(args.track) == 1:  # a longer track pays more, and takes longer
-                    metrics["charts/return_lap_correlation"] = correlation
-                if finished.any():
-                    metrics["charts/lap_time"] = laps[finished > 0].mean()
-                bar.set_postfix(progress=f"{progress.mean():.0%}", finish=f"{finished.mean():.0%}", refresh=False)
+                shown = {name: f"{metrics[f'charts/{name}']:.0%}" for name in ("progress", "finish_rate")}
+                bar.set_postfix(shown, refresh=False)
             reload = iteration % RELOAD_INTERVAL == 0
             made_on["speed_cap"] = lesson["cap"]
             weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
             due, passed = iteration % (args.eval_interval or math.inf) == 0 or iteration == iterations, None
             if due and arena:
-                torch.set_num_threads(1)
-                first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
-                seeds = range(first, first + args.eval_episodes)
-                races = run_races(arena, network_policy(agent, device, greedy=True), seeds, 1, args.track)
-                summary = summarize(races)
+                summary = exam(arena, agent, device, args, logger, step)
                 passed = summary["finished"] == summary["races"]
                 metrics |= {f"eval/{key}": summary[key] for key in ("finished", "progress", "off_track_seconds")}
                 if summary["finished"]:
                     metrics |= {"eval/median_lap": summary["median"], "eval/best_lap": summary["best"]}
-                logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
-                geometry, track = arena.get("geometry")[0], arena.get("track")[0]
-                picture = draw_map(geometry, [race for race in races if race["track"] == track])
-                logger.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
                 names = action_sizes(args.actions, args.speeds)
                 for name, chosen in zip(names, sampler.actions.unbind(-1), strict=True):
                     logger.board.add_histogram(f"actions/{name}", chosen.cpu(), step)

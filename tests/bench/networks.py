@@ -2,11 +2,13 @@
 
 Trains ppo_tuxkart_resnet.py with each network, and the default one with one thing changed at a time, for the same
 number of decisions, and ppo_tuxkart.py beside them. Every run ends with 20 greedy races. FOLDER keeps the runs, and
-what is done is not done again, so it can be stopped and called once more.
+what is done is not done again, so it can be stopped and called once more. What the JSON file holds of other names stays
+there, and in the picture.
 """
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,14 +22,14 @@ import matplotlib.pyplot as plt
 
 RUNS = {  # name: script and options
     "ppo_tuxkart": ("ppo_tuxkart", ()),
-    "impala": ("ppo_tuxkart_resnet", ()),
-    "impala, LSTM": ("ppo_tuxkart_resnet", ("--memory", "lstm")),
-    "impala, gray": ("ppo_tuxkart_resnet", ("--color", "gray")),
-    "impala, shifted": ("ppo_tuxkart_resnet", ("--augment", "shift")),
-    "impala, bf16": ("ppo_tuxkart_resnet", ("--amp", "bf16")),
-    "conv2d / 4": ("ppo_tuxkart_resnet", ("--network", "conv2d", "--base-channels", "32")),
-    "resnet3d / 32": ("ppo_tuxkart_resnet", ("--network", "resnet3d", "--base-channels", "8")),
-    "ec418": ("ppo_tuxkart_resnet", ("--network", "ec418")),
+    "impala, float32": ("ppo_tuxkart_resnet", ()),
+    "impala": ("ppo_tuxkart_resnet", ("--amp", "bf16")),
+    "impala, LSTM": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--memory", "lstm")),
+    "impala, gray": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--color", "gray")),
+    "impala, shifted": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--augment", "shift")),
+    "conv2d / 4": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "conv2d", "--base-channels", "32")),
+    "resnet3d / 32": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "resnet3d", "--base-channels", "8")),
+    "ec418": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "ec418")),
 }
 
 
@@ -37,7 +39,7 @@ class Networks:
     """where to learn; runs/NAME stays there for each"""
     names: tuple[str, ...] = tuple(RUNS)
     """which of them"""
-    decisions: int = 200_000
+    decisions: int = 160_000
     """decisions of each training"""
     track: str = "scotland"
     """where the kart learns"""
@@ -50,7 +52,12 @@ class Networks:
 
 
 def main(settings):
-    curves, table = {}, {}
+    curves, table, plain = {}, {}, plain_settings(settings, ("folder", "names", "picture", "out"))
+    if settings.out and settings.out.exists():
+        before = json.loads(settings.out.read_text())
+        if before["settings"] != plain:
+            sys.exit(f"{settings.out} was made with other settings: name another file.")
+        curves, table = before["curves"], before["table"]
     for name in settings.names:
         script, options = RUNS[name]
         run = name.replace(", ", "-").replace(" / ", "-")
@@ -70,6 +77,7 @@ def main(settings):
         table[name] = {key: value for key, value in figures.items() if value is not None}
         print(f"{name}: {last['charts/progress']:.0%} of the lap, {last['eval/finished']} of 20", flush=True)
 
+    curves, table = ({name: kept[name] for name in RUNS if name in kept} for kept in (curves, table))
     columns = {
         "progress": ("of the lap", "{:.0%}"),
         "finish_rate": ("finished", "{:.0%}"),
@@ -93,9 +101,7 @@ def main(settings):
             axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(settings.picture, dpi=100)
     if settings.out:
-        result = {"table": table, "curves": curves}
-        result["settings"] = plain_settings(settings, ("folder", "picture", "out"))
-        settings.out.write_text(json.dumps(result) + "\n")
+        settings.out.write_text(json.dumps({"table": table, "curves": curves, "settings": plain}) + "\n")
 
 
 if __name__ == "__main__":
