@@ -6,7 +6,7 @@ normalization of the EC418 notebook. `diff ppo_tuxkart.py ppo_tuxkart_resnet.py`
 
     python ppo_tuxkart_resnet.py --track scotland                                   # IMPALA
     python ppo_tuxkart_resnet.py --network resnet3d --base-channels 16              # the 3D ResNet, scaled down
-    python ppo_tuxkart_resnet.py --network conv2d --width 400 --height 600 --summary  # the layers, then stop
+    python ppo_tuxkart_resnet.py --summary --network conv2d --width 400 --height 600 --actions tuxkart  # its layers
     python ppo_tuxkart_resnet.py --evaluate runs/<name>/best.pt                     # race it against the game's own AI
 """
 
@@ -122,11 +122,11 @@ BASE_CHANNELS = {"impala": 16, "conv2d": 128, "resnet3d": 256, "ec418": 32}
 def complete(args: Args) -> Args:
     """Args with everything filled in that depends on the network."""
     frames = 1 if args.memory == "lstm" else FRAMES[args.network]
-    color: Literal["rgb", "gray"] = "gray" if args.network in ("conv2d", "ec418") else "rgb"
+    color: Literal["rgb", "gray"] = "gray" if args.network == "conv2d" else "rgb"
     return dataclasses.replace(
         args,
-        frame_stack=args.frame_stack or frames,
-        base_channels=args.base_channels or BASE_CHANNELS[args.network],
+        frame_stack=frames if args.frame_stack is None else args.frame_stack,
+        base_channels=BASE_CHANNELS[args.network] if args.base_channels is None else args.base_channels,
         color=args.color or color,
     )
 
@@ -810,7 +810,10 @@ class PictureEnv(TuxKartEnv):
         observation, reward, terminated, truncated, info = super().step(action)
         reached = self._from_line and not self.in_race and self._progress >= self.finish_line * self._distance
         if reached and not terminated and self.finish_line < 1:
-            reward += self._pay(Moment(0.0, 0.0, finished=True))
+            for name, weight in self.reward_weights.items():  # what the finish pays, and no moment twice
+                finish, nothing = (REWARDS[name](Moment(0.0, 0.0, finished=finished)) for finished in (True, False))
+                self._parts[name] += weight * (finish - nothing)
+                reward += weight * (finish - nothing)
             return observation, reward, True, False, self._final_info("finish line")
         return observation, reward, terminated, truncated, info
 
@@ -961,19 +964,33 @@ def impala_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn
     return trunk, lambda outputs, gain: orthogonal(nn.Linear(HIDDEN, outputs), gain)
 
 
+class GrayMean(nn.Module):
+    """The mean of every picture's channels: (B, frames * c, H, W) -> (B, frames, H, W)."""
+
+    def __init__(self, frames: int) -> None:
+        super().__init__()
+        self.frames = frames
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.frames, -1)).mean(2)
+
+
 def ec418_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
-    """EC418's actor and critic: two networks that share nothing. shape: (C, H, W). Returns trunk and head."""
+    """EC418's actor and critic: two networks that share nothing, each on the mean of a picture's colours.
+
+    shape: (C, H, W), RGB or gray. Returns trunk and head.
+    """
 
     def head(outputs: int, gain: float) -> nn.Module:
-        layers = [nn.BatchNorm2d(shape[0]), nn.Conv2d(shape[0], channels, 8, stride=4), nn.ReLU()]
+        layers = [nn.BatchNorm2d(frames), nn.Conv2d(frames, channels, 8, stride=4), nn.ReLU()]
         layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2), nn.ReLU()]
         layers += [nn.Conv2d(2 * channels, 2 * channels, 3, stride=1), nn.ReLU(), nn.Flatten()]
         convolutions = initialized(nn.Sequential(*layers), 2**0.5)
-        size = output_shape(convolutions, shape).numel()
+        size = output_shape(convolutions, (frames, *shape[1:])).numel()
         hidden = orthogonal(nn.Linear(size, 512), 2**0.5)
         return convolutions.extend([hidden, nn.ReLU(), orthogonal(nn.Linear(512, outputs), gain)])
 
-    return nn.Identity(), head
+    return GrayMean(frames), head
 
 
 NETWORKS = {"impala": impala_network, "conv2d": conv2d_network, "resnet3d": resnet3d_network, "ec418": ec418_network}
@@ -1033,13 +1050,15 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float) -> None:
-    """Moves every batch normalization's running statistics towards those of some pictures, (B, C, H, W)."""
+def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, most: int) -> None:
+    """Moves every batch normalization's running statistics towards those of `most` of the pictures (B, C, H, W)."""
     norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+    if not norms:
+        return
     for norm in norms:
         norm.train().momentum = momentum
-    if norms:
-        agent(obs, torch.zeros(len(obs), agent.state_size, device=obs.device), None)
+    some = obs[torch.randperm(len(obs))[:most].to(obs.device)]
+    agent(some, torch.zeros(len(some), agent.state_size, device=obs.device), None)
     for norm in norms:
         mean_over_ranks(norm.running_mean)
         mean_over_ranks(norm.running_var)
@@ -1425,6 +1444,7 @@ class Sampler:
         for group in self.groups:
             group.receive()
         self.next_starts.fill_(True)
+        self.burst.zero_()
 
     def move_finish(self, share: float) -> None:
         """Sets the finish line of every environment, as a share of the race."""
@@ -1503,6 +1523,8 @@ class Sampler:
                 raise RunError(f"The reward {reward} is not a finite number: look at --reward and its weights")
             self.rewards[t, n], self.terminations[t, n], self.dones[t, n] = reward, terminated, terminated or truncated
             self.next_starts[n] = terminated or truncated
+            if terminated or truncated:
+                self.burst[n] = 0
             if truncated:
                 last_pictures.append((t, n, self.groups[g].last[i].copy(), self.state[n : n + 1].clone()))
             if info:
@@ -1561,6 +1583,7 @@ def run_races(
     results: dict[int, dict] = {}
     frames: dict[int, list[np.ndarray]] = {seed: [] for seed in list(seeds)[:keep_frames]}
     while len(results) < len(seeds):
+        starts: dict[int, int] = {}
         if waiting and len(racing) <= len(games) // 2:  # the others wait while tracks load, so several load at once
             starts = {i: waiting.popleft() for i in range(len(games)) if i not in racing and waiting}
             racing |= starts
@@ -1858,8 +1881,10 @@ def load_weights(agent: Agent, checkpoint: dict, path: Path | None, here: dict) 
     try:
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        sees = "type the --network, --width, --height and --frame-stack that it learnt with, or another path"
-        raise UsageError(f"{path} holds another network than this run's: {sees}.") from error
+        sees = (
+            "type the --network, --base-channels, --memory, --color, --frame-stack, --width and --height it learnt with"
+        )
+        raise UsageError(f"{path} holds another network than this run's: {sees}, or another path.") from error
 
 
 def describe_setting(args: Args) -> dict:
@@ -1885,6 +1910,11 @@ def make_agent(args: Args, setting: dict, device: torch.device) -> Agent:
     return agent
 
 
+def minibatch_units(args: Args) -> int:
+    """What a minibatch is made of: decisions, or with an LSTM whole environments."""
+    return args.num_envs * (1 if args.memory == "lstm" else args.num_steps) // args.num_minibatches
+
+
 def memory_needs(args: Args, setting: dict) -> tuple[int, int, int]:
     """Bytes of the rollout's storage, of one minibatch's activations and gradients, and of weights and Adam."""
     decisions, picture = args.num_envs * args.num_steps, int(np.prod(setting["observation"]))
@@ -1897,10 +1927,11 @@ def memory_needs(args: Args, setting: dict) -> tuple[int, int, int]:
                 module.register_forward_hook(lambda module, inputs, output: outputs.append(
                     sum(tensor.numel() for tensor in output) if isinstance(output, tuple) else output.numel()
                 ))  # fmt: skip
-        rows = -(-decisions // args.num_minibatches // args.grad_accum)
-        envs = max(args.num_envs // args.num_minibatches // args.grad_accum, 1) if args.memory == "lstm" else rows
+        piece = -(-minibatch_units(args) // args.grad_accum)
+        rows = piece * args.num_steps if args.memory == "lstm" else piece
+        state = torch.zeros(piece, agent.state_size)
         obs = torch.zeros(rows, *setting["observation"], dtype=torch.uint8)
-        agent(obs, torch.zeros(envs, agent.state_size), torch.zeros(rows, dtype=torch.bool))
+        agent(obs, state, torch.zeros(rows, dtype=torch.bool))
     weights = sum(parameter.numel() for parameter in agent.parameters())
     return decisions * picture, 8 * sum(outputs) + 4 * rows * picture, 16 * weights
 
@@ -2031,6 +2062,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     from tqdm import tqdm
 
     device, made_on, (rank, world) = pick_device(args.device), describe_setting(args), ranks()
+    most = -(-args.num_envs * args.num_steps // (args.num_minibatches * args.grad_accum))  # pictures seen at once
     storage, minibatch, adam = (size / 2**20 for size in memory_needs(args, made_on))
     print(f"memory: rollout {storage:.0f} MB, a minibatch about {minibatch:.0f} MB, weights and Adam {adam:.0f} MB")
     torch.manual_seed(args.seed)
@@ -2085,7 +2117,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             sampler.move_finish(0.1 if args.moving_finish else 1.0)
             sampler.reset(args.seed * 1_000_000 + rank * args.num_envs)
             obs = torch.from_numpy(np.concatenate([group.newest for group in sampler.groups])).to(device)
-            refresh_batch_norm(agent, obs, momentum=1.0)
+            if not args.init_from:
+                refresh_batch_norm(agent, obs, momentum=1.0, most=most)
         plain = args_to_plain(args)
         batch_size = args.num_envs * args.num_steps * world
         if rank == 0:
@@ -2106,7 +2139,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
             batch = sampler.batch(agent, args.gamma, args.gae_lambda)
             metrics = ppo_update(agent, optimizer, scaler, batch, args)
-            refresh_batch_norm(agent, batch["obs"].flatten(0, 1)[:: max(batch_size // 256, 1)], momentum=0.1)
+            refresh_batch_norm(agent, batch["obs"].flatten(0, 1), momentum=0.1, most=most)
             learnt = time.time()
             iteration += 1
             step = iteration * batch_size
@@ -2229,7 +2262,7 @@ def check_args(args: Args) -> Args:
     limits: dict[str, tuple[float, float]] = {}
     limits |= {name: (1, np.inf) for name in ("num_envs", "frame_stack", "laps", "epochs", "num_minibatches")}
     limits |= {name: (1, np.inf) for name in ("base_channels", "grad_accum", "random_action_steps")}
-    limits |= {"random_action_prob": (0, 1), "augment_coef": (0, np.inf)}
+    limits |= {"random_action_prob": (0, 0.5), "augment_coef": (0, np.inf)}
     limits |= {"num_steps": (2, np.inf), "eval_episodes": (1, np.inf), "eval_interval": (0, np.inf)}
     limits |= {"seed": (0, np.inf), "eval_seed": (0, np.inf), "width": (36, 2048), "height": (36, 2048)}
     limits |= {"random_start": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "learning_rate": (0, 1)}
@@ -2258,6 +2291,11 @@ def check_args(args: Args) -> Args:
         raise UsageError(
             f"An LSTM learns from whole environments, and {args.num_envs} do not divide into {args.num_minibatches} "
             "minibatches: type another --num-envs or --num-minibatches."
+        )
+    units = minibatch_units(args)
+    if args.grad_accum > units:
+        raise UsageError(
+            f"--grad-accum is {args.grad_accum}, and a minibatch has {units} part(s): type {units} or less."
         )
     if args.network == "conv2d" and args.color == "rgb":
         raise UsageError("The network conv2d sees gray pictures: leave out --color rgb.")
@@ -2297,7 +2335,8 @@ def parse(argv: list[str]) -> tuple[Args, Any]:
         saved.speed_cap = checkpoint["made_on"].get("speed_cap")
     args = complete(tyro.cli(Args, args=argv, default=saved))
     before = args_to_plain(saved)
-    changed = [name for name, value in args_to_plain(args).items() if value != before[name] and name != "device"]
+    free = ("device", "grad_accum")  # they change no gradient
+    changed = [name for name, value in args_to_plain(args).items() if value != before[name] and name not in free]
     if args.resume and changed:
         flag = changed[0].replace("_", "-")
         raise UsageError(f"A resumed run keeps its own settings: leave out --{flag}, or start anew with --init-from.")
@@ -2309,10 +2348,11 @@ def summarize_network(args: Args) -> None:
     from torchinfo import summary
 
     setting = describe_setting(args)
-    agent = make_agent(args, setting, torch.device("cpu"))
-    rows = torch.zeros(1, *setting["observation"], dtype=torch.uint8)
-    data = [rows, torch.zeros(1, agent.state_size), torch.zeros(1, dtype=torch.bool)]
-    print(summary(agent, input_data=data, depth=4, device="cpu", verbose=0))
+    with torch.device("meta"):  # shapes without numbers
+        agent = make_agent(args, setting, torch.device("meta"))
+        rows = torch.zeros(1, *setting["observation"], dtype=torch.uint8)
+        data = [rows, torch.zeros(1, agent.state_size), torch.zeros(1, dtype=torch.bool)]
+        print(summary(agent, input_data=data, depth=4, device="meta", verbose=0))
 
 
 def main() -> None:
@@ -2335,7 +2375,7 @@ def main() -> None:
         if world > 1:
             dist.destroy_process_group()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
             raise
         print("The machine's memory is full: type a larger --grad-accum, or a smaller --num-envs.", file=sys.stderr)
         sys.exit(1)

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_process, run
 
 import ppo_tuxkart
 import ppo_tuxkart_resnet
@@ -26,9 +26,10 @@ HEADS_2D = {13: [((1, 74, 49), 1_153), ((1, 74, 49), 0), ((3626,), 0), ((13,), 4
 HEADS_2D[1] = [((1, 74, 49), 1_153), ((1, 74, 49), 0), ((3626,), 0), ((1,), 3_627)]
 
 EARLY, LATE = (256, 3, 200, 300), (256, 1, 66, 100)
-CONVOLUTIONS_3D = [(EARLY, 20_992)] + [(EARLY, 1_769_472)] * 10 + [(LATE, 1_769_728)] + [(LATE, 1_769_472)] * 10
-CONVOLUTIONS_3D += [((64, 1, 66, 100), 442_432), ((1, 1, 66, 100), 1_729), ((1, 1, 66, 100), 6_913)]
-NORMS_3D = [(EARLY, 512)] * 11 + [(LATE, 512)] * 11 + [((64, 1, 66, 100), 128)] + [((1, 1, 66, 100), 2)] * 2
+TABLE_3D = [(EARLY, 20_992), (EARLY, 512)] + [(EARLY, 1_769_472), (EARLY, 512)] * 10
+TABLE_3D += [(LATE, 1_769_728), (LATE, 512)] + [(LATE, 1_769_472), (LATE, 512)] * 10
+TABLE_3D += [((64, 1, 66, 100), 442_432), ((64, 1, 66, 100), 128), ((1, 1, 66, 100), 1_729), ((1, 1, 66, 100), 2)]
+TABLE_3D += [((15,), 99_015), ((1, 1, 66, 100), 6_913), ((1, 1, 66, 100), 2), ((1,), 6_601)]
 SMALL = {"impala": 4, "conv2d": 8, "resnet3d": 4, "ec418": 8}
 
 
@@ -74,9 +75,23 @@ def test_every_row_of_the_3d_table():
     with torch.device("meta"):
         agent = Agent((15, 400, 600), [2, 2, 3, 2, 2, 2, 2], "resnet3d", 256, 5, "stack")
     assert count(agent) == 37_748_246
-    assert rows_of(agent, (15, 400, 600), torch.nn.Conv3d) == CONVOLUTIONS_3D
-    assert rows_of(agent, (15, 400, 600), torch.nn.BatchNorm3d) == NORMS_3D
-    assert rows_of(agent, (15, 400, 600), torch.nn.Linear) == [((15,), 99_015), ((1,), 6_601)]
+    kinds = torch.nn.Conv3d, torch.nn.BatchNorm3d, torch.nn.Linear
+    assert rows_of(agent, (15, 400, 600), kinds) == TABLE_3D
+
+
+SEEDS = {
+    "conv2d": (["--width", 400, "--height", 600, "--actions", "tuxkart"], "1,430,108", 2),
+    "resnet3d": (["--width", 600, "--height", 400, "--actions", "tuxkart_rescue"], "37,748,246", 10),
+}
+
+
+@pytest.mark.parametrize("network", SEEDS)
+def test_the_summary_comes_to_the_seeds_total(network, tmp_path):
+    options, total, residuals = SEEDS[network]
+    finished = run("--summary", "--network", network, *options, cwd=tmp_path, script="ppo_tuxkart_resnet")
+    assert finished.returncode == 0, finished.stderr
+    assert f"Total params: {total}\n" in finished.stdout and not list(tmp_path.iterdir())
+    assert finished.stdout.count("─Res") == residuals
 
 
 def test_impala_has_fifteen_layers_with_weights():
@@ -104,7 +119,7 @@ def rollout(network, memory="stack", steps=8, envs=4):
     shape = (channels, 64, 64)
     agent = Agent(shape, [5, 3, 2, 2], network, SMALL[network], args.frame_stack, memory)
     obs = torch.randint(0, 255, (steps, envs, *shape), dtype=torch.uint8)
-    refresh_batch_norm(agent, obs.flatten(0, 1), 1.0)
+    refresh_batch_norm(agent, obs.flatten(0, 1), 1.0, 256)
     starts = torch.rand(steps, envs) < 0.3
     state = torch.randn(envs, agent.state_size)
     batch = {"obs": obs, "starts": starts, "state": state, "own": torch.rand(steps, envs) < 0.8}
@@ -149,6 +164,89 @@ def test_pieces_of_a_minibatch_add_up_to_its_gradient(network, memory):
     for key in ours:
         torch.testing.assert_close(theirs[key], ours[key], rtol=1e-4, atol=1e-5)
     assert scalars == pytest.approx(others, rel=1e-3, abs=1e-5)
+
+
+def test_the_norms_see_all_games_and_no_more_pictures_than_they_may():
+    agent = Agent((3, 64, 64), [5], "ec418", 4, 1, "stack")
+    obs = torch.zeros(16, 8, 3, 64, 64, dtype=torch.uint8)
+    obs[:, 5] = 255  # one of eight games is bright
+    norm = agent.policy[0]
+    refresh_batch_norm(agent, obs.flatten(0, 1), 1.0, 128)
+    assert norm.running_mean.item() == pytest.approx(1 / 8) and not agent.training
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    refresh_batch_norm(agent, obs.flatten(0, 1), 0.1, 4)
+    assert seen == [4]
+
+
+def test_ec418_sees_the_mean_of_the_colours():
+    agent = Agent((6, 64, 64), [5], "ec418", 4, 2, "stack")
+    pictures = torch.rand(2, 6, 64, 64)
+    expected = torch.stack([pictures[:, :3].mean(1), pictures[:, 3:].mean(1)], 1)
+    torch.testing.assert_close(agent.trunk(pictures), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "units"), [({"memory": "lstm"}, 2), ({"num_envs": 1, "num_steps": 8, "total_timesteps": 8}, 1)]
+)
+def test_a_minibatch_is_not_split_into_more_pieces_than_it_has(changes, units):
+    args = settings(grad_accum=units, **changes)
+    ppo_tuxkart_resnet.check_args(args)
+    rollout_bytes, minibatch_bytes, _ = ppo_tuxkart_resnet.memory_needs(args, ppo_tuxkart_resnet.describe_setting(args))
+    assert rollout_bytes == args.num_envs * args.num_steps * 3 * args.frame_stack * 64 * 64 < minibatch_bytes
+    with pytest.raises(ppo_tuxkart_resnet.UsageError, match=f"type {units} or less"):
+        ppo_tuxkart_resnet.check_args(settings(grad_accum=units + 1, **changes))
+
+
+def test_a_minibatch_in_pieces_needs_as_much_less_memory():
+    whole, quarter = (
+        ppo_tuxkart_resnet.memory_needs(args, ppo_tuxkart_resnet.describe_setting(args))[1]
+        for args in (settings(grad_accum=1), settings(grad_accum=4))
+    )
+    assert whole == 4 * quarter
+
+
+def count_starts():
+    """How often each of two games' policy is told that an episode starts, in races of five seeds; runs the game."""
+    args = settings(memory="lstm", max_seconds=3.0, width=36, height=36)
+    games = ppo_tuxkart_resnet.Games([ppo_tuxkart_resnet.make_env(args, "scotland")] * 2)
+    told = []
+
+    def policy(obs, starts):
+        told.append(starts.copy())
+        return np.zeros((2, 4), np.int64)
+
+    try:
+        races = ppo_tuxkart_resnet.run_races(games, policy, range(5))
+    finally:
+        games.close()
+    return len(races), int(np.sum(told)), len(told)
+
+
+def test_a_race_starts_once():
+    races, starts, decisions = in_process(count_starts)
+    assert races == starts == 5 and decisions > 30
+
+
+def pass_a_near_finish():
+    """Drives straight over a finish line that is next to the start; what centerline paid by itself, and the info."""
+    env = ppo_tuxkart_resnet.PictureEnv(track="scotland", reward=("progress", "centerline"))
+    env.reset(seed=1)
+    env.finish_line = 0.01
+    paid, over = 0.0, False
+    while not over:
+        _, _, over, _, info = env.step([2, 0, 0, 0])
+        _, offset, _, width = env.geometry.locate(env.location)
+        paid += ppo_tuxkart_resnet.centerline_reward(ppo_tuxkart_resnet.Moment(0.0, 0.15, offset, width))
+    env.close()
+    assert info["end"] == "finish line"
+    return paid, info
+
+
+def test_a_moving_finish_pays_the_finish_and_nothing_else_again():
+    paid, info = in_process(pass_a_near_finish)
+    assert info["reward/progress"] > 20
+    assert info["reward/centerline"] == pytest.approx(paid, abs=1e-6)
 
 
 def test_random_bursts_do_not_teach_the_policy():
@@ -222,6 +320,6 @@ def test_what_both_scripts_have_is_the_same_to_the_letter():
     first, second = source(ppo_tuxkart), source(ppo_tuxkart_resnet)
     differ = {name for name in first if first[name] != second.get(name)}
     own = {"Args", "Agent", "ppo_loss", "ppo_update", "Sampler", "make_env", "run_races", "network_policy", "evaluate"}
-    own |= {"evaluate_track", "load_weights", "describe_setting", "train", "check_args", "parse", "main"}
+    own |= {"evaluate_track", "exam", "load_weights", "describe_setting", "train", "check_args", "parse", "main"}
     assert differ == own
     assert isinstance(ppo_tuxkart_resnet, types.ModuleType)

@@ -20,7 +20,7 @@ from school import learn
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RUNS = {  # name: script and options
+RUNS = {  # name: script and options; / 4: a fourth of the channels
     "ppo_tuxkart": ("ppo_tuxkart", ()),
     "impala, float32": ("ppo_tuxkart_resnet", ()),
     "impala": ("ppo_tuxkart_resnet", ("--amp", "bf16")),
@@ -28,9 +28,10 @@ RUNS = {  # name: script and options
     "impala, gray": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--color", "gray")),
     "impala, shifted": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--augment", "shift")),
     "conv2d / 4": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "conv2d", "--base-channels", "32")),
-    "resnet3d / 32": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "resnet3d", "--base-channels", "8")),
+    "resnet3d / 32": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "resnet3d", "--base-channels", "8",
+                                             "--width", "36", "--height", "36")),
     "ec418": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "ec418")),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass
