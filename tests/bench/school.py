@@ -52,8 +52,11 @@ class School:
 def learn(script, folder, name, track, decisions, options):
     """Trains until the end, or goes on with what is there; says so and ends where that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / f"{script}.py")]
-    if (folder / "runs" / name / "last.pt").exists():
+    command, run = [sys.executable, str(ROOT / f"{script}.py")], folder / "runs" / name
+    if (run / "last.pt").exists():
+        made, lines = json.loads((run / "config.json").read_text()), (run / "metrics.jsonl").read_text().splitlines()
+        if json.loads(lines[-1])["iteration"] == made["total_timesteps"] // (made["num_envs"] * made["num_steps"]):
+            return
         command += ["--resume", f"runs/{name}"]
     else:
         command += ["--name", name, "--track", track, "--total-timesteps", str(decisions), *options]
