@@ -1573,8 +1573,6 @@ class Logger:
 
 def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args) -> dict[str, float]:
     """Means over the last episodes that began on the start line; recent: a row of the columns' figures for each."""
-    if not recent:
-        return {}
     returns, progress, finished, laps, positions, *parts = np.array(recent).T
     metrics = {"charts/episodic_return": returns.mean(), "charts/progress": progress.mean()}
     metrics["charts/finish_rate"] = finished.mean()
@@ -1589,9 +1587,7 @@ def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args
     return metrics
 
 
-def exam(
-    arena: Games, agent: Agent, device: torch.device, args: Args, logger: Logger, step: int
-) -> dict:  # fmt: skip
+def exam(arena: Games, agent: Agent, device: torch.device, args: Args, logger: Logger, step: int) -> dict:
     """Greedy races while learning, with a film and a map for TensorBoard. Returns what `summarize` makes of them."""
     torch.set_num_threads(1)
     first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
@@ -1717,8 +1713,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             recent.extend(row for rows_of_rank in gather(rows) for row in rows_of_rank)
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/lost_games"] = sum(gather(sum(group.lost for group in games)))
-            metrics |= recent_metrics(recent, columns, args)
             if recent:
+                metrics |= recent_metrics(recent, columns, args)
                 shown = {name: f"{metrics[f'charts/{name}']:.0%}" for name in ("progress", "finish_rate")}
                 bar.set_postfix(shown, refresh=False)
             reload = iteration % RELOAD_INTERVAL == 0

@@ -1566,9 +1566,8 @@ def race_games(args: Args, track: str, driver: str = "agent") -> Games:
 
 
 def run_races(
-    games: Games, policy: Callable, seeds: Sequence[int], keep_frames: int = 0, tracks: Sequence[str] = (),
-    color: str | None = "rgb",
-) -> list[dict]:  # fmt: skip
+    games: Games, policy: Callable, seeds: Sequence[int], keep_frames: int = 0, tracks: Sequence[str] = ()
+) -> list[dict]:
     """Drives one evaluation race per seed. policy: pictures (K, C, H, W), starts (K,) -> actions (K, A).
 
     Several tracks take turns. Returns a list of dicts in the order of the seeds: the env's final info (with the track,
@@ -1582,6 +1581,7 @@ def run_races(
     racing: dict[int, int] = {}  # {game: seed}
     results: dict[int, dict] = {}
     frames: dict[int, list[np.ndarray]] = {seed: [] for seed in list(seeds)[:keep_frames]}
+    color = games.get("color")[0]
     while len(results) < len(seeds):
         starts: dict[int, int] = {}
         if waiting and len(racing) <= len(games) // 2:  # the others wait while tracks load, so several load at once
@@ -1773,7 +1773,7 @@ def evaluate_track(args: Args, agent: Agent, device: torch.device, iteration: in
     for name, (driver, policy, keep_frames) in drivers.items():
         games = race_games(args, track, driver)
         try:
-            races[name] = run_races(games, policy, seeds, keep_frames, args.track, args.color)
+            races[name] = run_races(games, policy, seeds, keep_frames)
             geometry = games.get("geometry")[0]
         finally:
             games.close()
@@ -1881,10 +1881,9 @@ def load_weights(agent: Agent, checkpoint: dict, path: Path | None, here: dict) 
     try:
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        sees = (
-            "type the --network, --base-channels, --memory, --color, --frame-stack, --width and --height it learnt with"
-        )
-        raise UsageError(f"{path} holds another network than this run's: {sees}, or another path.") from error
+        flags = "--network, --base-channels, --memory, --color, --frame-stack, --width and --height"
+        sees = f"type the {flags} that it learnt with, or another path"
+        raise UsageError(f"{path} holds another network than this run's: {sees}.") from error
 
 
 def describe_setting(args: Args) -> dict:
@@ -1915,6 +1914,11 @@ def minibatch_units(args: Args) -> int:
     return args.num_envs * (1 if args.memory == "lstm" else args.num_steps) // args.num_minibatches
 
 
+def piece_rows(args: Args) -> int:
+    """Decisions in the largest piece of a minibatch: what the network sees at once while it learns."""
+    return -(-minibatch_units(args) // args.grad_accum) * (args.num_steps if args.memory == "lstm" else 1)
+
+
 def memory_needs(args: Args, setting: dict) -> tuple[int, int, int]:
     """Bytes of the rollout's storage, of one minibatch's activations and gradients, and of weights and Adam."""
     decisions, picture = args.num_envs * args.num_steps, int(np.prod(setting["observation"]))
@@ -1927,9 +1931,8 @@ def memory_needs(args: Args, setting: dict) -> tuple[int, int, int]:
                 module.register_forward_hook(lambda module, inputs, output: outputs.append(
                     sum(tensor.numel() for tensor in output) if isinstance(output, tuple) else output.numel()
                 ))  # fmt: skip
-        piece = -(-minibatch_units(args) // args.grad_accum)
-        rows = piece * args.num_steps if args.memory == "lstm" else piece
-        state = torch.zeros(piece, agent.state_size)
+        rows = piece_rows(args)
+        state = torch.zeros(rows // args.num_steps if args.memory == "lstm" else rows, agent.state_size)
         obs = torch.zeros(rows, *setting["observation"], dtype=torch.uint8)
         agent(obs, state, torch.zeros(rows, dtype=torch.bool))
     weights = sum(parameter.numel() for parameter in agent.parameters())
@@ -1993,8 +1996,6 @@ class Logger:
 
 def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args) -> dict[str, float]:
     """Means over the last episodes that began on the start line; recent: a row of the columns' figures for each."""
-    if not recent:
-        return {}
     returns, progress, finished, laps, positions, *parts = np.array(recent).T
     metrics = {"charts/episodic_return": returns.mean(), "charts/progress": progress.mean()}
     metrics["charts/finish_rate"] = finished.mean()
@@ -2009,15 +2010,13 @@ def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args
     return metrics
 
 
-def exam(
-    arena: Games, agent: Agent, device: torch.device, args: Args, logger: Logger, step: int
-) -> dict:  # fmt: skip
+def exam(arena: Games, agent: Agent, device: torch.device, args: Args, logger: Logger, step: int) -> dict:
     """Greedy races while learning, with a film and a map for TensorBoard. Returns what `summarize` makes of them."""
     torch.set_num_threads(1)
     first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
     seeds = range(first, first + args.eval_episodes)
     policy = network_policy(agent, device, greedy=True)
-    races = run_races(arena, policy, seeds, 1, args.track, args.color)
+    races = run_races(arena, policy, seeds, 1, args.track)
     logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
     geometry, track = arena.get("geometry")[0], arena.get("track")[0]
     picture = draw_map(geometry, [race for race in races if race["track"] == track])
@@ -2062,7 +2061,6 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     from tqdm import tqdm
 
     device, made_on, (rank, world) = pick_device(args.device), describe_setting(args), ranks()
-    most = -(-args.num_envs * args.num_steps // (args.num_minibatches * args.grad_accum))  # pictures seen at once
     storage, minibatch, adam = (size / 2**20 for size in memory_needs(args, made_on))
     print(f"memory: rollout {storage:.0f} MB, a minibatch about {minibatch:.0f} MB, weights and Adam {adam:.0f} MB")
     torch.manual_seed(args.seed)
@@ -2118,7 +2116,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             sampler.reset(args.seed * 1_000_000 + rank * args.num_envs)
             obs = torch.from_numpy(np.concatenate([group.newest for group in sampler.groups])).to(device)
             if not args.init_from:
-                refresh_batch_norm(agent, obs, momentum=1.0, most=most)
+                refresh_batch_norm(agent, obs, momentum=1.0, most=piece_rows(args))
         plain = args_to_plain(args)
         batch_size = args.num_envs * args.num_steps * world
         if rank == 0:
@@ -2139,7 +2137,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
             batch = sampler.batch(agent, args.gamma, args.gae_lambda)
             metrics = ppo_update(agent, optimizer, scaler, batch, args)
-            refresh_batch_norm(agent, batch["obs"].flatten(0, 1), momentum=0.1, most=most)
+            refresh_batch_norm(agent, batch["obs"].flatten(0, 1), momentum=0.1, most=piece_rows(args))
             learnt = time.time()
             iteration += 1
             step = iteration * batch_size
@@ -2157,8 +2155,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                     reached.clear()
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/lost_games"] = sum(gather(sum(group.lost for group in games)))
-            metrics |= recent_metrics(recent, columns, args)
             if recent:
+                metrics |= recent_metrics(recent, columns, args)
                 shown = {name: f"{metrics[f'charts/{name}']:.0%}" for name in ("progress", "finish_rate")}
                 bar.set_postfix(shown, refresh=False)
             reload = iteration % RELOAD_INTERVAL == 0
@@ -2335,7 +2333,7 @@ def parse(argv: list[str]) -> tuple[Args, Any]:
         saved.speed_cap = checkpoint["made_on"].get("speed_cap")
     args = complete(tyro.cli(Args, args=argv, default=saved))
     before = args_to_plain(saved)
-    free = ("device", "grad_accum")  # they change no gradient
+    free = ("device", "grad_accum")  # they suit the machine; gradients stay the same to rounding
     changed = [name for name, value in args_to_plain(args).items() if value != before[name] and name not in free]
     if args.resume and changed:
         flag = changed[0].replace("_", "-")
