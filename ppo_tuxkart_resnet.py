@@ -2063,6 +2063,9 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     device, made_on, (rank, world) = pick_device(args.device), describe_setting(args), ranks()
     storage, minibatch, adam = (size / 2**20 for size in memory_needs(args, made_on))
     print(f"memory: rollout {storage:.0f} MB, a minibatch about {minibatch:.0f} MB, weights and Adam {adam:.0f} MB")
+    if args.amp != "off" and device.type == "cpu":
+        if not any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith(args.amp)):
+            print(f"note: this CPU has no instructions for {args.amp}, and --amp off will be much faster")
     torch.manual_seed(args.seed)
     agent = make_agent(args, made_on, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

@@ -265,6 +265,28 @@ def test_random_bursts_do_not_teach_the_policy():
     torch.testing.assert_close(ppo_loss(agent, changed, args, totals)[0], loss)
 
 
+def what_is_left_of_bursts(agent):
+    """Of a burst of four, after an episode's first decision, and of another after its last; runs the game."""
+    args = settings(num_envs=1, num_steps=1, width=36, height=36, max_seconds=0.3, random_start=0.0)
+    sampler = ppo_tuxkart_resnet.Sampler(args, torch.device("cpu"), 0)
+    left = []
+    try:
+        sampler.reset(1)
+        for _ in range(2):  # the second decision ends the episode
+            sampler.burst.fill_(4)
+            sampler.collect(agent)
+            left.append(int(sampler.burst))
+    finally:
+        sampler.close()
+    return left
+
+
+def test_a_burst_ends_with_its_episode():
+    args = settings(base_channels=4, width=36, height=36)
+    agent = Agent((6, 36, 36), [5, 3, 2, 2], "impala", 4, args.frame_stack, "stack")
+    assert in_process(what_is_left_of_bursts, agent) == [4, 0]
+
+
 def test_an_lstm_forgets_at_the_start_of_an_episode():
     agent, batch, _ = rollout("impala", "lstm")
     obs, state = batch["obs"][0], batch["state"]
@@ -293,12 +315,14 @@ def test_random_shift_moves_every_picture_by_itself():
     assert len(places) > 5
 
 
+@pytest.mark.parametrize("memory", ["stack", "lstm"])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_keeps_the_ratio_at_one_and_finite_gradients(amp):
-    agent, batch, args = rollout("impala")
+def test_half_precision_keeps_the_ratio_at_one_and_finite_gradients(amp, memory):
+    agent, batch, args = rollout("impala", memory)
     agent.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     with torch.no_grad():
-        logits, values, _ = agent(batch["obs"].flatten(0, 1), torch.zeros(32, 0), None)
+        logits, values, state = agent(batch["obs"].flatten(0, 1), batch["state"], batch["starts"].flatten())
+    assert state.dtype == torch.float32
     assert logits.dtype == values.dtype == torch.float32
     logprobs = ppo_tuxkart_resnet.evaluate_actions(logits, batch["actions"].flatten(0, 1), agent.nvec)[0]
     batch["logprobs"] = logprobs.view(8, 4)

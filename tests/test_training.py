@@ -159,6 +159,25 @@ def test_killed_and_resumed_is_never_killed(case, tmp_path):
         assert torch.equal(ours["agent"][key], weights)
 
 
+def test_norms_go_on_and_a_resumed_run_may_take_smaller_pieces(tmp_path):
+    folder, where = tmp_path / "runs" / "first", {"cwd": tmp_path, "script": "ppo_tuxkart_resnet"}
+    settings = [*SMALL, "--network", "conv2d", "--base-channels", 8, "--width", 36, "--height", 36]
+    process, output, _ = start_and_signal(
+        SIGINT, 3, folder, *settings, "--total-timesteps", 36 * 32, "--name", "first", **where
+    )
+    assert process.returncode == 0, output
+    resumed = run("--resume", folder, "--grad-accum", 2, **where)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(metrics(folder)) == 36
+    sequel = run("--init-from", folder / "last.pt", *settings, "--total-timesteps", 32, "--name", "sequel", **where)
+    assert sequel.returncode == 0, sequel.stderr
+    for name, pieces, moved in (("first", 2, 37), ("sequel", 1, 38)):  # once before anything, then each iteration
+        checkpoint = torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)
+        assert checkpoint["args"]["grad_accum"] == pieces
+        norms = [int(n) for key, n in checkpoint["agent"].items() if key.endswith("num_batches_tracked")]
+        assert len(norms) == 6 and set(norms) == {moved}
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     folder = tmp_path / "runs" / "stopped"
     settings = [*SMALL, "--total-timesteps", 100_000, "--name", "stopped"]
