@@ -28,6 +28,7 @@ RUNS = {  # name: script and options; / 4: a fourth of the channels
     "impala, gray": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--color", "gray")),
     "impala, shifted": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--augment", "shift")),
     "conv2d / 4": ("ppo_tuxkart_resnet", ("--network", "conv2d", "--base-channels", "32", "--learning-rate", "2e-3")),
+    "conv2d / 4, 5e-4": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "conv2d", "--base-channels", "32")),
     "resnet3d / 32": ("ppo_tuxkart_resnet", ("--network", "resnet3d", "--base-channels", "8", "--width", "36",
                                              "--height", "36")),
     "ec418": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "ec418")),
