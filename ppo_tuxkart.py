@@ -858,8 +858,9 @@ def gather(thing: Any) -> list:
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of (B,) values, over all ranks' together, of which each may have another B."""
     count, total = mean_over_ranks(torch.stack([values.new_tensor(len(values)), values.sum()]))
-    mean, ranks = total / count, dist.get_world_size() if dist.is_initialized() else 1
-    variance = mean_over_ranks(((values - mean) ** 2).sum()) / (count - 1 / ranks)
+    one = 1 / dist.get_world_size() if dist.is_initialized() else 1.0  # value in all, as a mean over the ranks
+    mean = total / count.clamp(min=one)
+    variance = mean_over_ranks(((values - mean) ** 2).sum()) / (count - one).clamp(min=one)
     return mean, variance.sqrt()
 
 

@@ -12,6 +12,7 @@ normalization of the EC418 notebook. `diff ppo_tuxkart.py ppo_tuxkart_resnet.py`
 
 import atexit
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -67,7 +68,7 @@ class Args:
     network: Literal["impala", "conv2d", "resnet3d", "ec418"] = "impala"  # which one
     base_channels: int | None = None  # channels of its first layer (default: 16, 128, 256, 32)
     memory: Literal["stack", "lstm"] = "stack"  # frames stacked, or one frame and an LSTM (impala only)
-    color: Literal["rgb", "gray"] | None = None  # what the pictures hold (default: gray for conv2d and ec418, else rgb)
+    color: Literal["rgb", "gray"] | None = None  # what the pictures hold (default: gray for conv2d, else rgb)
     amp: Literal["off", "bf16", "fp16"] = "off"  # half precision in the network; logits, values and losses stay float32
     compile: bool = False  # compile the network with torch.compile
     summary: bool = False  # print the network's layers and stop
@@ -999,11 +1000,7 @@ HIDDEN = 256  # features of impala, and its LSTM's units
 
 def output_shape(module: nn.Module, shape: Sequence[int]) -> torch.Size:
     """Shape of a module's output for one input of a shape, without the batch's dimension."""
-    training = module.training
-    with torch.no_grad():
-        output = module.eval()(torch.zeros(1, *shape))
-    module.train(training)
-    return output.shape[1:]
+    return copy.deepcopy(module).to("meta").eval()(torch.zeros(1, *shape, device="meta")).shape[1:]
 
 
 class Agent(nn.Module):
@@ -1050,18 +1047,26 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, most: int) -> None:
-    """Moves every batch normalization's running statistics towards those of `most` of the pictures (B, C, H, W)."""
+def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, most: int, pieces: int = 1) -> None:
+    """Moves every batch normalization's running statistics towards those of `most` of the pictures (B, C, H, W), which
+    the network sees in pieces, each normalized by itself."""
     norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
     if not norms:
         return
-    for norm in norms:
-        norm.train().momentum = momentum
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    sums = [torch.zeros_like(torch.stack(pair)) for pair in before]
     some = obs[torch.randperm(len(obs))[:most].to(obs.device)]
-    agent(some, torch.zeros(len(some), agent.state_size, device=obs.device), None)
     for norm in norms:
-        mean_over_ranks(norm.running_mean)
-        mean_over_ranks(norm.running_var)
+        norm.train().momentum = 1.0
+    for piece in some.tensor_split(min(pieces, len(some))):
+        agent(piece, torch.zeros(len(piece), agent.state_size, device=obs.device), None)
+        for norm, total in zip(norms, sums, strict=True):
+            mean, share = norm.running_mean, len(piece) / len(some)
+            total += share * torch.stack([mean, norm.running_var + mean**2])
+    for norm, (old_mean, old_variance), total in zip(norms, before, sums, strict=True):
+        mean, square = mean_over_ranks(total)
+        norm.running_mean.copy_(old_mean.lerp(mean, momentum))
+        norm.running_var.copy_(old_variance.lerp((square - mean**2).clamp(min=0.0), momentum))
     agent.eval()
 
 
@@ -1135,8 +1140,9 @@ def gather(thing: Any) -> list:
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of (B,) values, over all ranks' together, of which each may have another B."""
     count, total = mean_over_ranks(torch.stack([values.new_tensor(len(values)), values.sum()]))
-    mean, ranks = total / count, dist.get_world_size() if dist.is_initialized() else 1
-    variance = mean_over_ranks(((values - mean) ** 2).sum()) / (count - 1 / ranks)
+    one = 1 / dist.get_world_size() if dist.is_initialized() else 1.0  # value in all, as a mean over the ranks
+    mean = total / count.clamp(min=one)
+    variance = mean_over_ranks(((values - mean) ** 2).sum()) / (count - one).clamp(min=one)
     return mean, variance.sqrt()
 
 
@@ -1182,22 +1188,28 @@ def ppo_loss(
         "losses/ratio_error": ((ratio - 1).abs() * (own > 0)).max(),
     }
     if coefs.augment == "shift":  # as DrAC does (Raileanu et al. 2021, https://arxiv.org/abs/2006.12862)
-        shifted_logits, shifted_values, _ = agent(random_shift(batch["obs"]), batch["state"], batch["starts"])
+        shifted_logits, shifted_values, _ = agent(
+            random_shift(batch["obs"], len(batch["state"])), batch["state"], batch["starts"]
+        )
         divergence = sum(
             F.kl_div(there.log_softmax(-1), here.detach().log_softmax(-1), reduction="sum", log_target=True)
             for here, there in zip(logits.split(agent.nvec, -1), shifted_logits.split(agent.nvec, -1), strict=True)
         )
-        augment_loss = (divergence + ((shifted_values - values.detach()) ** 2).sum()) / rows
+        augment_loss = (divergence + coefs.vf_coef * ((shifted_values - values.detach()) ** 2).sum()) / rows
         loss = loss + coefs.augment_coef * augment_loss
         scalars["losses/augment_loss"] = augment_loss
     return loss, {key: value.detach() for key, value in scalars.items()}
 
 
-def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
-    """Every picture of a batch (B, C, H, W), moved by up to `pad` pixels, its edges repeated (Yarats et al. 2021)."""
+def random_shift(obs: Tensor, shifts: int, pad: int = 4) -> Tensor:
+    """Every picture of a batch (B, C, H, W), moved by up to `pad` pixels, its edges repeated (Yarats et al. 2021).
+
+    `shifts` of them are drawn, and taken in turn: with an LSTM an environment's pictures all move alike.
+    """
     height, width = obs.shape[-2:]
     padded = F.pad(obs.float(), (pad,) * 4, mode="replicate").to(obs.dtype)
-    down, right = torch.randint(0, 2 * pad + 1, (2, len(obs), 1, 1), device=obs.device)
+    drawn = torch.randint(0, 2 * pad + 1, (2, shifts, 1, 1), device=obs.device)
+    down, right = drawn.repeat(1, len(obs) // shifts, 1, 1)
     rows = (down + torch.arange(height, device=obs.device)[:, None]).expand(-1, -1, width)
     columns = (right + torch.arange(width, device=obs.device)).expand(-1, height, -1)
     index = (rows * padded.shape[-1] + columns)[:, None].expand(-1, obs.shape[1], -1, -1)
@@ -1229,7 +1241,7 @@ def ppo_update(
             whole = pick({key: batch[key] for key in ("advantages", "own", "returns", "state")}, rows)
             own = whole["advantages"][whole["own"]]
             mean, deviation = moments(own)
-            own_rows = mean_over_ranks(mean.new_tensor(len(own)))  # another number on every rank
+            own_rows = mean_over_ranks(mean.new_tensor(len(own))).clamp(min=1e-6)  # other numbers on other ranks
             optimizer.zero_grad()
             sums: dict[str, Tensor] = {}
             for piece_rows in rows.tensor_split(args.grad_accum):
@@ -1914,11 +1926,6 @@ def minibatch_units(args: Args) -> int:
     return args.num_envs * (1 if args.memory == "lstm" else args.num_steps) // args.num_minibatches
 
 
-def piece_rows(args: Args) -> int:
-    """Decisions in the largest piece of a minibatch: what the network sees at once while it learns."""
-    return -(-minibatch_units(args) // args.grad_accum) * (args.num_steps if args.memory == "lstm" else 1)
-
-
 def memory_needs(args: Args, setting: dict) -> tuple[int, int, int]:
     """Bytes of the rollout's storage, of one minibatch's activations and gradients, and of weights and Adam."""
     decisions, picture = args.num_envs * args.num_steps, int(np.prod(setting["observation"]))
@@ -1931,12 +1938,14 @@ def memory_needs(args: Args, setting: dict) -> tuple[int, int, int]:
                 module.register_forward_hook(lambda module, inputs, output: outputs.append(
                     sum(tensor.numel() for tensor in output) if isinstance(output, tuple) else output.numel()
                 ))  # fmt: skip
-        rows = piece_rows(args)
-        state = torch.zeros(rows // args.num_steps if args.memory == "lstm" else rows, agent.state_size)
+        units = -(-minibatch_units(args) // args.grad_accum)  # in the largest piece of a minibatch
+        rows = units * (args.num_steps if args.memory == "lstm" else 1)
+        state = torch.zeros(units, agent.state_size)
         obs = torch.zeros(rows, *setting["observation"], dtype=torch.uint8)
         agent(obs, state, torch.zeros(rows, dtype=torch.bool))
     weights = sum(parameter.numel() for parameter in agent.parameters())
-    return decisions * picture, 8 * sum(outputs) + 4 * rows * picture, 16 * weights
+    passes = 1 if args.augment == "none" else 2
+    return decisions * picture, passes * (8 * sum(outputs) + 4 * rows * picture), 16 * weights
 
 
 def note_differences(made_on: dict, here: dict) -> None:
@@ -2119,7 +2128,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             sampler.reset(args.seed * 1_000_000 + rank * args.num_envs)
             obs = torch.from_numpy(np.concatenate([group.newest for group in sampler.groups])).to(device)
             if not args.init_from:
-                refresh_batch_norm(agent, obs, momentum=1.0, most=piece_rows(args))
+                refresh_batch_norm(agent, obs, 1.0, minibatch_units(args), args.grad_accum)
         plain = args_to_plain(args)
         batch_size = args.num_envs * args.num_steps * world
         if rank == 0:
@@ -2140,7 +2149,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1))
             batch = sampler.batch(agent, args.gamma, args.gae_lambda)
             metrics = ppo_update(agent, optimizer, scaler, batch, args)
-            refresh_batch_norm(agent, batch["obs"].flatten(0, 1), momentum=0.1, most=piece_rows(args))
+            refresh_batch_norm(agent, batch["obs"].flatten(0, 1), 0.1, minibatch_units(args), args.grad_accum)
             learnt = time.time()
             iteration += 1
             step = iteration * batch_size
@@ -2293,11 +2302,6 @@ def check_args(args: Args) -> Args:
             f"An LSTM learns from whole environments, and {args.num_envs} do not divide into {args.num_minibatches} "
             "minibatches: type another --num-envs or --num-minibatches."
         )
-    units = minibatch_units(args)
-    if args.grad_accum > units:
-        raise UsageError(
-            f"--grad-accum is {args.grad_accum}, and a minibatch has {units} part(s): type {units} or less."
-        )
     if args.network == "conv2d" and args.color == "rgb":
         raise UsageError("The network conv2d sees gray pictures: leave out --color rgb.")
     if args.network == "resnet3d" and (args.frame_stack or 0) < 5:
@@ -2307,6 +2311,11 @@ def check_args(args: Args) -> Args:
         raise UsageError(
             f"{args.num_envs} environments x {args.num_steps} steps = {batch} decisions, which does not divide into "
             f"{args.num_minibatches} minibatches: type another --num-minibatches."
+        )
+    units = minibatch_units(args)
+    if args.grad_accum > units:
+        raise UsageError(
+            f"--grad-accum is {args.grad_accum}, and a minibatch has {units} part(s): type {units} or less."
         )
     if args.total_timesteps < batch:
         raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one batch: type {batch} or more.")

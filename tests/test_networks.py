@@ -179,7 +179,24 @@ def test_the_norms_see_all_games_and_no_more_pictures_than_they_may():
     seen = []
     norm.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     refresh_batch_norm(agent, obs.flatten(0, 1), 0.1, 4)
-    assert seen == [4]
+    refresh_batch_norm(agent, obs.flatten(0, 1), 0.1, 4, 3)
+    assert seen == [4, 2, 1, 1]
+
+
+def test_norms_that_see_pieces_find_what_they_find_in_one():
+    obs = torch.randint(0, 255, (12, 3, 64, 64), dtype=torch.uint8) // torch.arange(1, 13).view(12, 1, 1, 1)
+    found = []
+    for pieces in (1, 4):
+        agent = Agent((3, 64, 64), [5], "ec418", 4, 1, "stack")
+        refresh_batch_norm(agent, obs, 1.0, 12, pieces)
+        norm = agent.policy[0]
+        refresh_batch_norm(agent, obs // 2, 0.25, 12, pieces)
+        found.append((norm.running_mean.item(), norm.running_var.item()))
+    pictures = obs.float().mean(1) / 255
+    halves = (obs // 2).float().mean(1) / 255
+    expected = [0.75 * pictures.mean() + 0.25 * halves.mean(), 0.75 * pictures.var() + 0.25 * halves.var()]
+    assert found[0] == pytest.approx([value.item() for value in expected], rel=1e-3)
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 def test_ec418_sees_the_mean_of_the_colours():
@@ -202,11 +219,11 @@ def test_a_minibatch_is_not_split_into_more_pieces_than_it_has(changes, units):
 
 
 def test_a_minibatch_in_pieces_needs_as_much_less_memory():
-    whole, quarter = (
+    whole, eighth = (
         ppo_tuxkart_resnet.memory_needs(args, ppo_tuxkart_resnet.describe_setting(args))[1]
-        for args in (settings(grad_accum=1), settings(grad_accum=4))
+        for args in (settings(augment="shift"), settings(grad_accum=8))
     )
-    assert whole == 4 * quarter
+    assert whole == 2 * 8 * eighth  # shifted pictures are a second pass
 
 
 def count_starts():
@@ -287,6 +304,37 @@ def test_a_burst_ends_with_its_episode():
     assert in_process(what_is_left_of_bursts, agent) == [4, 0]
 
 
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_minibatch_that_is_all_bursts_teaches_the_value_alone(own):
+    agent, batch, args = rollout("impala")
+    batch["own"] = torch.arange(32).view(8, 4) < own
+    args.num_minibatches, args.ent_coef = 1, 0.0
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    scalars = ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), torch.amp.GradScaler("cpu", enabled=False),
+                         batch, args)  # fmt: skip
+    assert all(np.isfinite(value) for value in scalars.values()) and scalars["losses/policy_loss"] == 0
+    assert torch.equal(agent.policy.weight, before["policy.weight"])
+    assert not torch.equal(agent.value.weight, before["value.weight"])
+
+
+class Loaded(ppo_tuxkart_resnet.PictureEnv):
+    """Its kart holds what a test would have to drive for."""
+
+    position, powerup = 3, types.SimpleNamespace(value=5)
+    attachment = types.SimpleNamespace(value=2, name="BOMB")
+    _kart = types.SimpleNamespace(
+        energy=10.0, powerup=types.SimpleNamespace(type=powerup), attachment=types.SimpleNamespace(type=attachment)
+    )
+
+
+def test_the_information_picture_has_four_bands():
+    env = Loaded(color="gray", info_picture=True, num_karts=4, width=36, height=38)
+    picture = env._info_picture()
+    assert picture.shape == (38, 36) and (picture == picture[:, :1]).all()
+    bands = [band[:, 0] for band in np.array_split(picture, 4)]
+    assert [set(band.tolist()) for band in bands] == [{128}, {128}, {128}, {76}]  # 0.3 x 255 = 76.5, to even
+
+
 def test_an_lstm_forgets_at_the_start_of_an_episode():
     agent, batch, _ = rollout("impala", "lstm")
     obs, state = batch["obs"][0], batch["state"]
@@ -300,7 +348,9 @@ def test_an_lstm_forgets_at_the_start_of_an_episode():
 def test_random_shift_moves_every_picture_by_itself():
     torch.manual_seed(0)
     obs = torch.randint(0, 255, (16, 3, 12, 10), dtype=torch.uint8)
-    shifted = random_shift(obs, pad=2)
+    alike = random_shift(obs[:4].repeat(3, 1, 1, 1), 4, pad=2)  # three decisions of four environments
+    assert torch.equal(alike[:4], alike[4:8]) and torch.equal(alike[:4], alike[8:])
+    shifted = random_shift(obs, 16, pad=2)
     padded = np.pad(obs.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
     places = set()
     for before, after in zip(padded, shifted.numpy(), strict=True):
@@ -349,4 +399,13 @@ def test_what_both_scripts_have_is_the_same_to_the_letter():
     own = {"Args", "Agent", "ppo_loss", "ppo_update", "Sampler", "make_env", "run_races", "network_policy", "evaluate"}
     own |= {"evaluate_track", "load_weights", "describe_setting", "train", "check_args", "parse", "main"}
     assert differ == own
-    assert isinstance(ppo_tuxkart_resnet, types.ModuleType)
+
+
+def test_the_environments_text_is_the_same_to_the_letter():
+    """From its rule to the environment's end, with what stands between the definitions."""
+    ends = {"ppo_tuxkart": 'if "TuxKart-v0"', "ppo_tuxkart_resnet": "class PictureEnv"}
+    texts = [(ROOT / f"{name}.py").read_text() for name in ends]
+    first, second = (
+        text[text.index("# The game:") : text.index(end)] for text, end in zip(texts, ends.values(), strict=True)
+    )
+    assert first.rstrip() == second.rstrip() and "class TuxKartEnv" in first

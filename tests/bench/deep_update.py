@@ -3,7 +3,8 @@
 Every variant runs in a process of its own: forward, loss, backward and Adam's step on random pictures. On a GPU:
 float32, tf32 and bf16, eager and compiled, contiguous and channels-last; on a CPU: float32 and bf16. Beside the time
 and the peak memory stands the arithmetic floor: the update's multiply-adds (counted by PyTorch) over the rate that a
-large matrix product reaches on the same device in the same precision.
+large matrix product reaches on the same device in the same precision. What stands in the JSON file is not measured
+again.
 """
 
 import dataclasses
@@ -96,8 +97,8 @@ def measure(settings, network, precision, compiled, layout, pipe):
         torch.cuda.reset_peak_memory_stats()
     repeats = settings.repeats or (10 if gpu else 0)
     times = [update() for _ in range(repeats)] or [first]
-    rate = matrix_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rate = matrix_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     multiply_adds = counter.get_total_flops() / 2
     result = {"seconds": statistics.median(times), "times": times, "peak_gb": peak / 1e9}
     pipe.send(result | {"multiply_adds": multiply_adds, "matrix_rate": rate, "floor_seconds": multiply_adds / rate})
@@ -107,20 +108,29 @@ def main(settings):
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     precisions = ("float32", "tf32", "bf16") if gpu else ("float32", "bf16")
+    machine = {"device": name, "torch": torch.__version__, "platform": platform.platform(), "batch": settings.batch}
     context, results = multiprocessing.get_context("spawn"), []
+    if settings.out and settings.out.exists():
+        before = json.loads(settings.out.read_text())
+        if before["machine"] != machine:
+            sys.exit(f"{settings.out} was made on another machine or batch: name another file.")
+        results = [row for row in before["results"] if "failed" not in row]
+    finished = [[row[key] for key in ("network", "precision", "mode", "layout")] for row in results]
     print(f"{name}, PyTorch {torch.__version__}, batch {settings.batch}: one update")
     print(f"{'network':10}{'precision':11}{'mode':10}{'layout':15}{'seconds':>9}{'peak GB':>9}{'floor':>9}{'share':>7}")
     for network in settings.networks:
         for precision in precisions:
             for compiled in (False, True) if gpu else (False,):
                 for layout in ("contiguous", "channels-last") if gpu or network == "conv2d" else ("contiguous",):
+                    mode = "compiled" if compiled else "eager"
+                    if [network, precision, mode, layout] in finished:
+                        continue
                     ours, theirs = context.Pipe()
                     process = context.Process(
                         target=measure, args=(settings, network, precision, compiled, layout, theirs)
                     )
                     process.start()
                     theirs.close()
-                    mode = "compiled" if compiled else "eager"
                     row = {"network": network, "precision": precision, "mode": mode, "layout": layout}
                     line = f"{network:10}{precision:11}{mode:10}{layout:15}"
                     try:
@@ -137,7 +147,6 @@ def main(settings):
                     process.join()
                     results.append(row)
                     if settings.out:
-                        machine = {"device": name, "torch": torch.__version__, "platform": platform.platform()}
                         settings.out.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
 

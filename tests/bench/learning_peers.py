@@ -96,7 +96,8 @@ def main(settings):
         cells = []
         for key, scale in (("seconds", 1 / 60), ("return", 1), ("finish_rate", 1)):
             values = [rows[-1].get(key, 0.0) * scale for rows in runs]
-            cells.append(f"{statistics.mean(values):.2f} +- {statistics.pstdev(values):.2f}")
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.2f} +- {spread:.2f}")
         half = [next((row["seconds"] / 60 for row in rows if row.get("finish_rate", 0) >= 0.5), None) for rows in runs]
         reached = " ".join("never" if minutes is None else f"{minutes:.0f}" for minutes in half)
         print(f"{peer:12}{cells[0]:>14}{cells[1]:>16}{cells[2]:>16}{reached:>18}")
