@@ -81,7 +81,7 @@ class Args:
     frame_stack: int | None = None  # pictures the network sees (default: resnet3d 5, conv2d 4, lstm 1, else 2)
     step_size: float = 0.15  # seconds of game time for which an action is held
     random_start: float = 0.5  # share of the episodes that start anywhere on the track instead of on the start line
-    max_seconds: float = 150.0  # time limit of a race, in seconds of game time
+    max_seconds: float | None = None  # time limit of a race in game time (default: 150 a lap, with a --speed-cap more)
     laps: int = 1  # laps of a race
     difficulty: Literal[0, 1, 2] = 2  # the game's; it also scales the player's top speed (0.6, 0.8, 0.92)
     kart: str = "tux"  # kart to drive
@@ -146,6 +146,7 @@ class RunError(Exception):
 ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # module: package; "pystk" on PyPI is another thing
 DEBIAN_ASSETS = Path("/usr/share/games/supertuxkart/data")
 
+LAP_SECONDS = 150.0  # the time limit of a lap
 STUCK_SECONDS, STUCK_METRES = 4.0, 2.0  # an episode ends when that long has not brought that much progress
 RACE_STUCK_SECONDS = 15.0  # the same in a race, where the kart may free itself
 BACKWARDS_METRES = 15.0
@@ -464,8 +465,8 @@ class TuxKartEnv(gym.Env):
 
     def __init__(
         self, track: str = "scotland", engine: str = "auto", width: int = 64, height: int = 64, frame_stack: int = 2,
-        step_size: float = 0.15, random_start: float = 0.0, max_seconds: float = 150.0, laps: int = 1,
-        difficulty: int = 2, kart: str = "tux", reverse: bool = False, num_karts: int = 1,
+        step_size: float = 0.15, random_start: float = 0.0, max_seconds: float | None = None,
+        laps: int = 1, difficulty: int = 2, kart: str = "tux", reverse: bool = False, num_karts: int = 1,
         reward: tuple[str, ...] = ("progress",), actions: str = "drive", speeds: tuple[float, ...] = (8.0, 16.0, 24.0),
         speed_cap: float | None = None, driver: str = "agent", render_mode: str | None = None,
     ) -> None:  # fmt: skip
@@ -564,7 +565,8 @@ class TuxKartEnv(gym.Env):
         to_line = (length - self._along) % length
         before_it = self._from_line and to_line < length / 2  # as most tracks' start is
         self._distance = to_line + (self.laps - 1 + before_it) * length
-        self._limit = self.max_seconds if self._from_line else min(self.max_seconds, RANDOM_START_SECONDS)
+        limit = self.max_seconds or max(LAP_SECONDS * self.laps, 2 * self._distance / (self.speed_cap or math.inf))
+        self._limit = limit if self._from_line else min(limit, RANDOM_START_SECONDS)
         self._start, self._progress, self._best, self._best_at = seconds, 0.0, 0.0, seconds
         self._off_track_m = self._off_track_seconds = 0.0
         self._parts, self._place_now, self._speed = dict.fromkeys(self.reward_weights, 0.0), self.position, 0.0
@@ -1430,7 +1432,9 @@ class Sampler:
 
     def __init__(self, args: Args, device: torch.device, state_size: int) -> None:
         halves = np.array_split(np.arange(args.num_envs), min(2, args.num_envs))
-        envs = [make_env(args, args.track[i % len(args.track)], args.random_start) for i in range(args.num_envs)]
+        first = ranks()[0] * args.num_envs
+        tracks = [args.track[(first + i) % len(args.track)] for i in range(args.num_envs)]
+        envs = [make_env(args, track, args.random_start) for track in tracks]
         self.columns = [slice(int(half[0]), int(half[-1]) + 1) for half in halves]
         self.groups = [Games(envs[c]) for c in self.columns]
         space, actions = self.groups[0].observation_space, self.groups[0].action_space
@@ -1825,6 +1829,8 @@ def evaluate_track(args: Args, agent: Agent, device: torch.device, iteration: in
     imageio.v2.imwrite(folder / "map.png", draw_map(geometry, races["greedy"]))
     write_mosaic(races["greedy"], folder / "mosaic.mp4", 1 / args.step_size)
     film.join()
+    if film.exitcode:
+        raise RunError(f"The film's game ended with exit code {film.exitcode}; all but best_race.mp4 is in {folder}/.")
     print(f"written to {folder}/: evaluation.json, map.png, best_race.mp4, mosaic.mp4 ({time.time() - started:.0f} s)")
     return result
 
@@ -2010,7 +2016,7 @@ def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args
     metrics["charts/finish_rate"] = finished.mean()
     metrics |= {f"charts/{name}": part.mean() for name, part in zip(columns[5:], parts, strict=True)}
     if args.num_karts > 1:
-        metrics |= {"charts/position": positions.mean(), "charts/win_rate": (positions == 1).mean()}
+        metrics |= {"charts/position": positions.mean(), "charts/win_rate": ((positions == 1) & (finished > 0)).mean()}
     correlation = lap_correlation(list(zip(returns, laps, strict=True)))
     if correlation is not None and len(args.track) == 1:  # a longer track pays more, and takes longer
         metrics["charts/return_lap_correlation"] = correlation
@@ -2019,15 +2025,20 @@ def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args
     return metrics
 
 
-def exam(arena: Games, agent: Agent, device: torch.device, args: Args, logger: Logger, step: int) -> dict:
-    """Greedy races while learning, with a film and a map for TensorBoard. Returns what `summarize` makes of them."""
+def exam(agent: Agent, device: torch.device, args: Args, speed_cap: float | None, logger: Logger, step: int) -> dict:
+    """Greedy races while learning, with a film and a map for TensorBoard. Returns what `summarize` makes of them.
+
+    In games of their own, which are new each time: the pictures depend a little on what a game has seen before.
+    """
     torch.set_num_threads(1)
     first = args.eval_seed + 10_000  # other starts than --evaluate reports, since these choose best.pt
     seeds = range(first, first + args.eval_episodes)
     policy = network_policy(agent, device, greedy=True)
-    races = run_races(arena, policy, seeds, 1, args.track)
+    with contextlib.closing(race_games(args, args.track[0])) as games:
+        games.set("speed_cap", speed_cap)
+        races = run_races(games, policy, seeds, 1, args.track)
+        geometry, track = games.get("geometry")[0], games.get("track")[0]
     logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
-    geometry, track = arena.get("geometry")[0], arena.get("track")[0]
     picture = draw_map(geometry, [race for race in races if race["track"] == track])
     logger.board.add_image("eval/map", picture.copy(), step, dataformats="HWC")
     return summarize(races)
@@ -2087,7 +2098,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     lesson, graduate = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}, None
     folder = args.resume or run_folder(args)
     if checkpoint:
-        note_differences(checkpoint["made_on"], made_on)
+        note_differences(checkpoint["made_on"], made_on | {"speed_cap": checkpoint["made_on"].get("speed_cap")})
         load_weights(agent, checkpoint, folder, made_on)
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -2109,11 +2120,9 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
 
     sampler = Sampler(args, device, agent.state_size)
-    arena = race_games(args, args.track[0]) if args.eval_interval and rank == 0 else None
-    games = [*sampler.groups, arena] if arena else sampler.groups
     stopped = f"type --resume {folder} to go on from the last iteration that was saved"
     try:
-        for group in games:
+        for group in sampler.groups:
             group.set("speed_cap", lesson["cap"])
         if checkpoint:
             print("driving the games back to where they were, at most a few minutes", flush=True)
@@ -2166,7 +2175,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                     sampler.move_finish(min(sampler.finish_line + 0.05, 1.0))
                     reached.clear()
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/lost_games"] = sum(gather(sum(group.lost for group in games)))
+            metrics["charts/lost_games"] = sum(gather(sum(group.lost for group in sampler.groups)))
             if recent:
                 metrics |= recent_metrics(recent, columns, args)
                 shown = {name: f"{metrics[f'charts/{name}']:.0%}" for name in ("progress", "finish_rate")}
@@ -2174,9 +2183,10 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             reload = iteration % RELOAD_INTERVAL == 0
             made_on["speed_cap"] = lesson["cap"]
             weights = {"args": plain, "made_on": made_on, "agent": agent.state_dict(), "iteration": iteration}
-            due, passed = iteration % (args.eval_interval or math.inf) == 0 or iteration == iterations, None
-            if due and arena:
-                summary = exam(arena, agent, device, args, logger, step)
+            due = args.eval_interval > 0 and (iteration % args.eval_interval == 0 or iteration == iterations)
+            passed = None
+            if due and rank == 0:
+                summary = exam(agent, device, args, lesson["cap"], logger, step)
                 passed = summary["finished"] == summary["races"]
                 metrics |= {f"eval/{key}": summary[key] for key in ("finished", "progress", "off_track_seconds")}
                 if summary["finished"]:
@@ -2189,7 +2199,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                 if best is None or score(summary) > tuple(best):
                     best = list(score(summary))
                     save_atomically(weights, folder / "best.pt")
-                if (metrics.get("charts/return_lap_correlation") or 0) > 0:
+                if metrics.get("charts/return_lap_correlation", 0.0) > 0.2:  # of 100 laps: not by chance
                     bar.write("this reward pays more for slower laps: --reward progress does not")
             if due and args.speed_curriculum:
                 passed = gather(passed)[0]
@@ -2197,10 +2207,11 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                     graduate = {key: value.clone() for key, value in agent.state_dict().items()}
                 elif graduate:
                     agent.load_state_dict(graduate)
+                    made_on["speed_cap"] = lesson["passed"]
                 reload |= next_lesson(lesson, passed) != lesson  # an episode is driven under one cap
                 lesson = next_lesson(lesson, passed)
                 bar.write(f"{'passed' if passed else 'failed'}: the speed cap is now {lesson['cap']:.4g} m/s")
-                for group in games:
+                for group in sampler.groups:
                     group.set("speed_cap", lesson["cap"])
             if reload:
                 sampler.reset(args.seed * 1_000_000 + (iteration * world + rank) * args.num_envs)
@@ -2220,7 +2231,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                 logger.write(iteration, step, {key: float(value) for key, value in metrics.items()})
                 save_atomically(weights | state, folder / "last.pt")
             bar.update(batch_size)
-        print(f"\ndone: type --evaluate {folder}/best.pt to race it against the game's own AI")
+        print(f"\ndone: type --evaluate {folder}/{'best' if best else 'last'}.pt to race it against the game's own AI")
     except KeyboardInterrupt:
         saved = (folder / "last.pt").exists()
         print(f"\nstopped; {stopped}" if saved else "\nstopped before the first iteration was done; nothing to resume")
@@ -2229,7 +2240,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         saved = (folder / "last.pt").exists()
         raise RunError(f"{what}; {stopped}." if saved else f"{what}; nothing was saved yet.") from error
     finally:
-        for thing in (bar, logger, *games):
+        for thing in (bar, logger, *sampler.groups):
             if thing is not None:
                 thing.close()
 
@@ -2277,8 +2288,9 @@ def check_args(args: Args) -> Args:
     limits |= {"seed": (0, np.inf), "eval_seed": (0, np.inf), "width": (36, 2048), "height": (36, 2048)}
     limits |= {"random_start": (0, 1), "gamma": (0, 1), "gae_lambda": (0, 1), "learning_rate": (0, 1)}
     limits |= {"clip_coef": (1e-6, 1), "max_grad_norm": (1e-6, np.inf), "ent_coef": (0, np.inf), "vf_coef": (0, np.inf)}
-    limits |= {"step_size": (1 / 120, 1), "max_seconds": (1, np.inf), "num_karts": (1, 20), "epsilon": (0, 1)}
-    limits |= {name: (1, np.inf) for name in ("speed_cap", "speed_curriculum") if getattr(args, name) is not None}
+    limits |= {"step_size": (1 / 120, 1), "num_karts": (1, 20), "epsilon": (0, 1)}
+    optional = ("max_seconds", "speed_cap", "speed_curriculum")
+    limits |= {name: (1, np.inf) for name in optional if getattr(args, name) is not None}
     for name, (least, most) in limits.items():
         value, flag = getattr(args, name), name.replace("_", "-")
         if not least <= value <= most:
@@ -2306,6 +2318,13 @@ def check_args(args: Args) -> Args:
         raise UsageError("The network conv2d sees gray pictures: leave out --color rgb.")
     if args.network == "resnet3d" and (args.frame_stack or 0) < 5:
         raise UsageError(f"resnet3d needs 5 pictures or more, not {args.frame_stack}: type --frame-stack 5.")
+    places = args.num_envs * ranks()[1]
+    places = min(places, args.eval_episodes) if args.eval_interval else places
+    if len(args.track) > places and not args.evaluate:
+        raise UsageError(
+            f"{len(args.track)} tracks, and {places} environments or evaluation races to share them out: type a larger "
+            "--num-envs or --eval-episodes, or fewer tracks."
+        )
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches:
         raise UsageError(
@@ -2317,6 +2336,9 @@ def check_args(args: Args) -> Args:
         raise UsageError(
             f"--grad-accum is {args.grad_accum}, and a minibatch has {units} part(s): type {units} or less."
         )
+    if batch == args.num_minibatches:
+        raise UsageError(f"A minibatch needs two decisions or more: type --num-minibatches {batch // 2} or less.")
+    batch *= ranks()[1]
     if args.total_timesteps < batch:
         raise UsageError(f"--total-timesteps {args.total_timesteps} is less than one batch: type {batch} or more.")
     if sys.platform == "linux":
@@ -2385,7 +2407,8 @@ def main() -> None:
         if world > 1:
             dist.destroy_process_group()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "alloc" not in str(error).lower():
             raise
         print("The machine's memory is full: type a larger --grad-accum, or a smaller --num-envs.", file=sys.stderr)
         sys.exit(1)

@@ -27,6 +27,8 @@ MISTAKES = {
     "--num-envs 0": "--num-envs is 0",
     "--num-envs 3 --num-steps 5": "does not divide into 8 minibatches",
     "--total-timesteps 5": "type 2048 or more",
+    "--num-minibatches 2048": "type --num-minibatches 1024 or less",
+    "--track abyss hacienda --num-envs 1": "2 tracks, and 1 environments or evaluation races",
     "--random-start 2": "from 0 to 1",
     "--step-size 0": "--step-size is 0.0",
     "--max-seconds -1": "--max-seconds",

@@ -199,6 +199,23 @@ def test_time_limit_truncates(engine):
     assert truncated and not terminated and info["end"] == "time limit" and 2.0 <= info["seconds"] <= 2.2
 
 
+def time_limits(engine):
+    """Of three laps, the same under a cap on the speed, and as asked for; and the distance; runs the game."""
+    env = ppo_tuxkart.TuxKartEnv(engine=engine, laps=3)
+    limits = []
+    for cap, asked in ((None, None), (6.0, None), (6.0, 9.0)):
+        env.speed_cap, env.max_seconds = cap, asked
+        env.reset(seed=1)
+        limits.append(env._limit)
+    env.close()
+    return limits, env._distance
+
+
+def test_the_time_limit_leaves_time_for_laps_and_a_cap(engine):
+    limits, distance = in_process(time_limits, engine)
+    assert 3000 < distance < 4500 and limits == [450.0, distance / 3, 9.0]
+
+
 def random_starts(engine):
     env = TuxKartEnv(engine=engine, random_start=1.0)
     rows = []

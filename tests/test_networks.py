@@ -207,7 +207,7 @@ def test_ec418_sees_the_mean_of_the_colours():
 
 
 @pytest.mark.parametrize(
-    ("changes", "units"), [({"memory": "lstm"}, 2), ({"num_envs": 1, "num_steps": 8, "total_timesteps": 8}, 1)]
+    ("changes", "units"), [({"memory": "lstm"}, 2), ({"num_envs": 1, "num_steps": 16, "total_timesteps": 16}, 2)]
 )
 def test_a_minibatch_is_not_split_into_more_pieces_than_it_has(changes, units):
     args = settings(grad_accum=units, **changes)
@@ -383,6 +383,20 @@ def test_half_precision_keeps_the_ratio_at_one_and_finite_gradients(amp, memory)
     after = agent.state_dict()
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(after[key], before[key]) for key in after)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), None])
+def test_a_full_memory_names_the_flags(error, monkeypatch, capsys):
+    def train(*_):
+        if error:
+            raise error
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(ppo_tuxkart_resnet, "train", train)
+    monkeypatch.setattr("sys.argv", ["ppo_tuxkart_resnet.py"])
+    with pytest.raises(SystemExit) as ended:
+        ppo_tuxkart_resnet.main()
+    assert ended.value.code == 1 and "--grad-accum" in capsys.readouterr().err
 
 
 def source(module):

@@ -26,6 +26,8 @@ LEARN = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-ti
 SHORTER = {
     "ppo_tuxkart.py": LEARN + RACES,
     "ppo_tuxkart.py --evaluate": RACES,
+    "ppo_tuxkart_resnet.py": [*LEARN, *RACES, "--base-channels", 8],
+    "ppo_tuxkart_resnet.py --evaluate": RACES,
     "worldmodel_carracing.py": [*DREAM, "--rounds", 1, "--validation-tracks", 1, *RACES],
     "worldmodel_carracing.py --evaluate": RACES,
     "worldmodel_carracing.py --dream": ["--max-frames", 60],
@@ -38,6 +40,33 @@ def cwd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "pretrained").symlink_to(ROOT / "pretrained")
     return folder
+
+
+PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+MEASUREMENTS = {" ".join(words.split()) for words in re.findall(r"python ((?:tests/bench/)?\w+\.py[^`]*)`", PROSE)}
+PARSE = """
+import argparse, runpy, sys, tyro
+def checked(parse):
+    def check(*args, **settings):
+        parse(*args, **settings)
+        print("parsed")
+        sys.exit(0)
+    return check
+tyro.cli, argparse.ArgumentParser.parse_args = checked(tyro.cli), checked(argparse.ArgumentParser.parse_args)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("words", sorted(MEASUREMENTS))
+def test_measurements_take_the_words_of_their_command(words):
+    """They take hours, so only their command line is tried; and what they name is there."""
+    script, *arguments = shlex.split(words.replace("<name>", "name"))
+    (path,) = {ROOT / folder / script for folder in ("tests/bench", ".") if (ROOT / folder / script).exists()}
+    finished = subprocess.run(
+        [sys.executable, "-c", PARSE, path, *arguments], cwd=path.parent, capture_output=True, text=True, timeout=300
+    )
+    assert finished.stdout.endswith("parsed\n"), finished.stdout + finished.stderr
 
 
 def newest_run(cwd):

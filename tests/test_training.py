@@ -138,6 +138,8 @@ def test_killed_and_resumed_is_never_killed(case, tmp_path):
     """Killed in the middle of episodes, after the games were loaded anew, and with the first script before that too."""
     script, extra = SCRIPTS[case]
     settings = [*SMALL, "--total-timesteps", 36 * 32, "--seed", 5, "--random-start", 0.5, *extra]
+    if case == "ppo":  # evaluations before and after the second kill
+        settings += ["--eval-interval", 24, "--eval-episodes", 2, "--max-seconds", 20]
     folder, where = tmp_path / "runs" / "killed", {"cwd": tmp_path, "script": script}
     whole = run(*settings, "--name", "whole", **where)
     assert whole.returncode == 0, whole.stderr
@@ -176,6 +178,21 @@ def test_norms_go_on_and_a_resumed_run_may_take_smaller_pieces(tmp_path):
         assert checkpoint["args"]["grad_accum"] == pieces
         norms = [int(n) for key, n in checkpoint["agent"].items() if key.endswith("num_batches_tracked")]
         assert len(norms) == 6 and set(norms) == {moved}
+
+
+@pytest.mark.parametrize(("kind", "settings"), {"lstm": ["--memory", "lstm"], "compiled": ["--compile"]}.items())
+def test_deep_networks_are_learnt_and_raced(kind, settings, tmp_path):
+    where = {"cwd": tmp_path, "script": "ppo_tuxkart_resnet"}
+    settings = [*settings, "--base-channels", 4, "--width", 36, "--height", 36, *SMALL, "--total-timesteps", 64]
+    learnt = run(*settings, "--name", kind, **where)
+    assert learnt.returncode == 0 and "memory: rollout" in learnt.stdout, learnt.stderr
+    assert all(row["losses/ratio_error"] < 1e-4 for row in metrics(tmp_path / "runs" / kind))
+    raced = run("--evaluate", f"runs/{kind}/last.pt", "--eval-episodes", 3, "--max-seconds", 4, **where)
+    assert raced.returncode == 0, raced.stderr
+    (file,) = (tmp_path / "runs").glob("last-scotland-*/evaluation.json")
+    result = json.loads(file.read_text())
+    assert result["greedy"]["races"] == result["sampled"]["races"] == result["ai"]["races"] == 3
+    assert file.with_name("best_race.mp4").exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
