@@ -23,14 +23,14 @@ import matplotlib.pyplot as plt
 RUNS = {  # name: script and options; / 4: a fourth of the channels
     "ppo_tuxkart": ("ppo_tuxkart", ()),
     "impala, float32": ("ppo_tuxkart_resnet", ()),
+    "impala, float32, LSTM": ("ppo_tuxkart_resnet", ("--memory", "lstm")),
+    "impala, float32, shifted": ("ppo_tuxkart_resnet", ("--augment", "shift")),
     "impala": ("ppo_tuxkart_resnet", ("--amp", "bf16")),
-    "impala, LSTM": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--memory", "lstm")),
     "impala, gray": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--color", "gray")),
-    "impala, shifted": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--augment", "shift")),
     "conv2d / 4": ("ppo_tuxkart_resnet", ("--network", "conv2d", "--base-channels", "32", "--learning-rate", "2e-3")),
     "conv2d / 4, 5e-4": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "conv2d", "--base-channels", "32")),
     "resnet3d / 32": ("ppo_tuxkart_resnet", ("--network", "resnet3d", "--base-channels", "8", "--width", "36",
-                                             "--height", "36")),
+                                             "--height", "36", "--learning-rate", "2e-3")),
     "ec418": ("ppo_tuxkart_resnet", ("--amp", "bf16", "--network", "ec418")),
 }  # fmt: skip
 
