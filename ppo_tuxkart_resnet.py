@@ -155,6 +155,9 @@ RANDOM_START_SECONDS = 30.0
 RACE_SETTINGS = ("laps", "difficulty", "kart", "reverse", "num_karts", "speed_cap")
 ENV_SETTINGS = ("engine", "width", "height", "frame_stack", "step_size", "max_seconds", "reward", "actions", "speeds")
 TOP_SPEED = 60.0  # m/s; no kart is faster, so a larger gain is a teleport
+NEAR_METRES = 50.0  # of road each way, more than a decision's drive, where a kart is looked for first
+LEVEL_METRES = 2.5  # above or below the road's middle a kart is not on that road
+BOOST_SECONDS, BOOST_SPEED = 1.0, 10.0  # a drift that long, at such m/s, earns a boost (kart_characteristics.xml)
 
 
 def engine_version(engine: str) -> str | None:
@@ -324,7 +327,7 @@ class Moment(NamedTuple):
     finished: bool = False
     failed: bool = False  # the episode ended stuck, off the track or backwards
     places: int = 0  # won from other karts, or lost
-    events: tuple = ()  # what began with this decision: powerup, use, nitro, drift, jump, rescue
+    events: tuple = ()  # what began with this decision: powerup, use, nitro, drift (that earns a boost), jump, rescue
 
 
 def progress_reward(moment: Moment) -> float:
@@ -369,7 +372,8 @@ def ec418_reward(moment: Moment) -> float:
 
 
 def tuxkart_reward(moment: Moment) -> float:
-    """tuxkart-ai's shaped sum. It paid for every step of a drift or with a powerup; this pays when one begins."""
+    """tuxkart-ai's shaped sum. It paid for every step with a powerup or a drift; this pays when one begins, and for a
+    drift once the game does: tapping the key brings nothing."""
     prices = {"powerup": 3.0, "use": 1.0, "nitro": 3.0, "drift": 3.0, "jump": -3.0, "rescue": -5.0}
     return moment.gain + 10.0 * moment.finished + 5.0 * moment.places + sum(prices[event] for event in moment.events)
 
@@ -418,17 +422,29 @@ class TrackGeometry:
         squares = np.maximum((self.vectors**2).sum(-1), 1e-9)
         rows = self.starts, self.vectors, self.vectors / squares[:, None]
         self._starts, self._vectors, self._shares = (np.ascontiguousarray(values.T) for values in rows)  # (3, S)
+        self._middles = self.distances.mean(-1) % self.length
 
-    def locate(self, point: Sequence[float]) -> tuple[float, float, float, float]:
-        """Nearest place on the centre line. point: (3,).
+    def locate(self, point: Sequence[float], along: float | None = None) -> tuple[float, float, float, float]:
+        """Nearest place on the centre line. point: (3,). along: where it was a moment ago, if that is known.
 
+        Below a bridge, or near another stretch, the middle of another road can be nearer than that of the kart's own.
+        So of the places where the point is on the road, those within NEAR_METRES of `along` come first, then the
+        others; when it is on no road, the near ones do as long as they are not too far off.
         Returns distance down the track in [0, length), signed lateral offset (right is positive), track heading and
         track width there.
         """
         relative = np.asarray(point, np.float64)[:, None] - self._starts
         share = (relative * self._shares).sum(0).clip(0, 1)
         gap = relative - share * self._vectors
-        nearest = int((gap * gap).sum(0).argmin())
+        squares = (gap * gap).sum(0)
+        if along is not None:
+            apart = np.abs(self._middles - along)
+            near = np.minimum(apart, self.length - apart) < NEAR_METRES
+            on_road = (np.hypot(gap[0], gap[2]) <= self.widths / 2) & (np.abs(gap[1]) < LEVEL_METRES)
+            beside = near & (squares <= (self.widths / 2 + OFF_TRACK_METRES) ** 2)
+            choice = next((some for some in (near & on_road, on_road, beside) if some.any()), True)
+            squares = np.where(choice, squares, np.inf)
+        nearest = int(squares.argmin())
         (x, _, z), share = gap[:, nearest].tolist(), float(share[nearest])
         (begin, end), heading = self.distances[nearest].tolist(), float(self.headings[nearest])
         offset = math.copysign(math.hypot(x, z), x * math.cos(heading) - z * math.sin(heading))
@@ -554,13 +570,13 @@ class TuxKartEnv(gym.Env):
             self._hold(4.9)
             while self._world.time == 0:
                 self._hold(0.05)
-        self._from_line = self.in_race or self.np_random.random() >= self.random_start
+        self._from_line, start = self.in_race or self.np_random.random() >= self.random_start, None
         if self.in_race:
             self._disturb_start(location, heading)
         elif not self._from_line:
-            self._start_anywhere()
+            start = self._start_anywhere()
 
-        self._along, seconds = self.geometry.locate(self.location)[0], self._world.time
+        self._along, seconds = self.geometry.locate(self.location, start)[0], self._world.time
         length = self.geometry.length
         to_line = (length - self._along) % length
         before_it = self._from_line and to_line < length / 2  # as most tracks' start is
@@ -571,6 +587,7 @@ class TuxKartEnv(gym.Env):
         self._off_track_m = self._off_track_seconds = 0.0
         self._parts, self._place_now, self._speed = dict.fromkeys(self.reward_weights, 0.0), self.position, 0.0
         self._going_on: set[str] = set()
+        self._drift_from = seconds
         self.trail: list[tuple] = []
         self._frames = np.repeat(self._picture()[None], self.frame_stack, 0)  # (K, 3, H, W)
         return self.observation(), {}
@@ -585,7 +602,7 @@ class TuxKartEnv(gym.Env):
         self._frames = np.concatenate([self._frames[1:], self._picture()[None]])
 
         now, kart = self._world.time, self._kart
-        along, offset, heading, width = self.geometry.locate(kart.location)
+        along, offset, heading, width = self.geometry.locate(kart.location, self._along)
         gain = min(self.geometry.gain(self._along, along), TOP_SPEED * self.step_size)
         self._along, self._progress, self._speed = along, self._progress + gain, math.hypot(*kart.velocity)
         if self.in_race:
@@ -646,8 +663,11 @@ class TuxKartEnv(gym.Env):
         """What began with this decision, of what `tuxkart_reward` pays for."""
         kart, nitro = self._kart, ("NITRO_BIG", "NITRO_SMALL")
         items = [item.location for item in self._world.items if item.type.name in nitro]
-        now = {"powerup": kart.powerup.type.name != "NOTHING", "drift": controls.drift, "jump": kart.jumping}
+        now = {"powerup": kart.powerup.type.name != "NOTHING", "jump": kart.jumping}
         now |= {"nitro": any(math.dist(item, kart.location) < 2 for item in items), "rescue": controls.rescue}
+        if not (controls.drift and self._speed >= BOOST_SPEED):
+            self._drift_from = self._world.time
+        now["drift"] = self._world.time - self._drift_from >= BOOST_SECONDS
         now["use"] = controls.fire and "powerup" in self._going_on
         begun = tuple(name for name, on in now.items() if on and name not in self._going_on)
         self._going_on = {name for name, on in now.items() if on}
@@ -764,8 +784,11 @@ class TuxKartEnv(gym.Env):
         elif delay:
             self._hold(delay)
 
-    def _start_anywhere(self) -> None:
-        """Places the kart on a random path node, roughly facing along it, and lets it drop and the camera follow."""
+    def _start_anywhere(self) -> float:
+        """Places the kart on a random path node, roughly facing along it, and lets it drop and the camera follow.
+
+        Returns that node's distance down the track.
+        """
         for _ in range(5):
             geometry, node = self.geometry, int(self.np_random.integers(len(self.geometry.starts)))
             heading = geometry.headings[node] + np.radians(self.np_random.uniform(-20.0, 20.0))
@@ -775,7 +798,8 @@ class TuxKartEnv(gym.Env):
             self._place(middle + aside * right + [0.0, 0.5, 0.0], heading)
             self._hold(0.3)
             if abs(self.location[1] - middle[1]) < 2.0:  # else it fell through a gap in the road
-                return
+                break
+        return float(geometry.distances[node].mean())
 
 
 class PictureEnv(TuxKartEnv):
@@ -1914,6 +1938,8 @@ def describe_setting(args: Args) -> dict:
     channels = args.frame_stack * (3 if args.color == "rgb" else 1) + (args.network == "conv2d")
     setting |= {"observation": [channels, args.height, args.width], "step_size": args.step_size}
     setting |= {key: getattr(args, key) for key in ("network", "base_channels", "frame_stack", "memory", "color")}
+    if args.actions == "deepracer":
+        setting["speeds"] = list(args.speeds)
     return setting | {key: getattr(args, key) for key in RACE_SETTINGS}
 
 
@@ -2025,7 +2051,7 @@ def recent_metrics(recent: Iterable[list[float]], columns: list[str], args: Args
     return metrics
 
 
-def exam(agent: Agent, device: torch.device, args: Args, speed_cap: float | None, logger: Logger, step: int) -> dict:
+def exam(agent: Agent, device: torch.device, args: Args, logger: Logger, step: int) -> dict:
     """Greedy races while learning, with a film and a map for TensorBoard. Returns what `summarize` makes of them.
 
     In games of their own, which are new each time: the pictures depend a little on what a game has seen before.
@@ -2035,7 +2061,6 @@ def exam(agent: Agent, device: torch.device, args: Args, speed_cap: float | None
     seeds = range(first, first + args.eval_episodes)
     policy = network_policy(agent, device, greedy=True)
     with contextlib.closing(race_games(args, args.track[0])) as games:
-        games.set("speed_cap", speed_cap)
         races = run_races(games, policy, seeds, 1, args.track)
         geometry, track = games.get("geometry")[0], games.get("track")[0]
     logger.film("eval/race", races[0]["frames"][::2], 0.5 / args.step_size, step)
@@ -2186,7 +2211,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             due = args.eval_interval > 0 and (iteration % args.eval_interval == 0 or iteration == iterations)
             passed = None
             if due and rank == 0:
-                summary = exam(agent, device, args, lesson["cap"], logger, step)
+                summary = exam(agent, device, dataclasses.replace(args, speed_cap=lesson["cap"]), logger, step)
                 passed = summary["finished"] == summary["races"]
                 metrics |= {f"eval/{key}": summary[key] for key in ("finished", "progress", "off_track_seconds")}
                 if summary["finished"]:
@@ -2207,6 +2232,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
                     graduate = {key: value.clone() for key, value in agent.state_dict().items()}
                 elif graduate:
                     agent.load_state_dict(graduate)
+                    optimizer.state.clear()  # its averages led to the weights that failed
                     made_on["speed_cap"] = lesson["passed"]
                 reload |= next_lesson(lesson, passed) != lesson  # an episode is driven under one cap
                 lesson = next_lesson(lesson, passed)
@@ -2303,8 +2329,8 @@ def check_args(args: Args) -> Args:
             raise UsageError(f"--{name.replace('_', '-')} holds something that is not a finite number: type one.")
     if not (args.track and args.reward):
         raise UsageError("--track and --reward each need a name: type --track scotland --reward progress.")
-    if min(args.speeds, default=0) <= 0:
-        raise UsageError("--speeds are metres a second above 0: type --speeds 8 16 24.")
+    if min(args.speeds, default=0) <= 0 or list(args.speeds) != sorted(set(args.speeds)):
+        raise UsageError("--speeds are metres a second above 0, the slowest first: type --speeds 8 16 24.")
     if args.speed_curriculum and not (args.speed_cap and args.eval_interval):
         raise UsageError("--speed-curriculum needs a cap to begin with and evaluations: type --speed-cap 8 as well.")
     if args.memory == "lstm" and args.network != "impala":

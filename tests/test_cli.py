@@ -16,6 +16,7 @@ MISTAKES = {
     "--reward zigzag:much": "type --reward zigzag:0.5",
     "--reward": "type --track scotland --reward progress",
     "--actions deepracer --speeds 8 0": "type --speeds 8 16 24",
+    "--actions deepracer --speeds 16 8": "the slowest first",
     "--speed-curriculum 2": "type --speed-cap 8 as well",
     "--num-karts 21": "type a number from 1 to 20",
     "--epsilon 1.1": "type a number from 0 to 1",

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import itertools
 
 import gymnasium as gym
 import numpy as np
@@ -57,6 +58,25 @@ def test_locate_finds_the_nearest_segment_and_level():
     np.testing.assert_allclose(locate_all(bridge, [[1, 0.5, 10], [1, 8.5, 10]])[0], [10, 60])
 
 
+def test_locate_stays_on_the_road_that_it_was_on():
+    """Beside the way back and below a bridge, whose middles are nearer; on another road, it is there."""
+    out = [[0, 0, z] for z in range(0, 401, 20)]
+    way_back = [[14 if z > 200 else 4, 0 if z > 200 else 6, z] for z in range(400, -1, -20)]
+    nodes = np.array([*itertools.pairwise(out), *itertools.pairwise(way_back)], float)
+    distances = np.stack([np.arange(40) * 20.0, np.arange(1, 41) * 20.0], 1)
+    track = TrackGeometry(nodes, np.full(40, 20.0), distances, 800.0)
+    for point in ([8, 0.5, 305], [9, 3.5, 105], [12, 1, 105], [-11, 0, 55], [0, 3, 55]):  # the last two: off the road
+        x, _, z = point
+        assert track.locate(point, z)[:2] == pytest.approx((z, x))
+    assert track.locate([8, 0.5, 305])[0] == pytest.approx(495)
+    assert track.locate([8, 0.5, 305], 500.0)[:2] == pytest.approx((495, 6))
+    assert track.locate([8, 5.5, 105], 690.0)[:2] == pytest.approx((695, -4))  # on the bridge
+    assert track.locate([13, 0, 305], 300.0)[0] == pytest.approx(495)  # it has crossed over
+    assert track.locate([2, 0, 1], 795.0)[0] == pytest.approx(1)  # over the line
+    assert track.locate([0, 0, 305], 100.0)[0] == pytest.approx(305)  # as after a jump
+    assert track.locate([40, 0, 305], 300.0)[0] == pytest.approx(495)  # too far off: the nearest
+
+
 def test_gain_goes_the_shorter_way_over_the_line():
     track = square_track()
     assert track.gain(398.0, 3.0) == 5.0
@@ -91,6 +111,12 @@ def every_track(engine):
             expected = geometry.distances.mean(1) % length
             start = min(env._along, length - env._along)
             at_ends = locate_all(geometry, geometry.starts[:1] + [[-1e-3], [1e-3]])[0]
+            jumps = []  # of a kart that goes round at either edge of the road
+            for side in (-0.48, 0.48):
+                right = np.stack([np.cos(geometry.headings), 0 * middles[:, 0], -np.sin(geometry.headings)], 1)
+                points = middles + side * geometry.widths[:, None] * right
+                places = [geometry.locate(*place)[0] for place in zip(points, expected, strict=True)]
+                jumps.append(np.abs(geometry.gain(np.array(places), expected)).max())
             ours, engines = [], []
             for _ in range(150):
                 env.step([STRAIGHT, GAS, 0, 0])
@@ -103,6 +129,7 @@ def every_track(engine):
                 "heading_error": np.median(np.abs(np.angle(np.exp(1j * (heading - geometry.headings))))),
                 "start_distance": start,
                 "line_jump": abs(geometry.gain(*at_ends)),
+                "edge_jump": max(jumps),
                 "progress": env._progress,
                 "engine_difference": np.median(difference[20:]),
             }
@@ -118,7 +145,7 @@ def test_geometry_on_every_race_track(engine):
         where = f"{name}{' reversed' if reverse else ''}: {found}"
         assert found["middle_error"] < 0.01 and found["middle_offset"] < 0.01 and found["heading_error"] < 0.01, where
         assert found["start_distance"] < 40, where
-        assert found["line_jump"] < 1, where
+        assert found["line_jump"] < 1 and found["edge_jump"] < 60, where
         assert found["progress"] > 100, where  # 15 s of the AI's driving
         assert found["engine_difference"] < 5, where
 

@@ -1,5 +1,6 @@
 """Rewards, action sets, exploration, the speed curriculum, opponents and diagnostics."""
 
+import dataclasses
 import json
 import math
 
@@ -146,6 +147,25 @@ def test_the_map_shows_the_road_and_where_it_ended():
     assert shares == {"steer": [0.25, 0.0, 0.75], "drift": [0.0, 1.0]}
 
 
+def drifts(engine):
+    """What is paid for a drift that is held, and for tapping the key; runs the game."""
+    env, paid = TuxKartEnv(engine=engine, reward=("tuxkart",)), []
+    for pattern in ([1] * 12, [1, 0] * 6):
+        env.reset(seed=0)
+        rewards = [env.step([2, 0, 0, 0])[1] for _ in range(32)]
+        fast = env._speed
+        rewards += [env.step([3, 0, drift, 0])[1] for drift in pattern]
+        paid.append((fast, sum(rewards) - env._progress))
+    env.close()
+    return paid
+
+
+def test_a_drift_pays_once_and_only_if_it_earns_a_boost(engine):
+    (fast, held), (_, tapped) = in_process(drifts, engine)
+    assert fast > ppo_tuxkart.BOOST_SPEED
+    assert held == pytest.approx(3.0) and tapped < 1e-6  # pystk's karts jump a little, at -3
+
+
 def drive_school(engine, actions, choice, steps, settings):
     """Drives one choice for some steps. Returns speeds, rewards, the last info and the number of karts."""
     env = TuxKartEnv(engine=engine, actions=actions, **settings)
@@ -210,3 +230,29 @@ def test_a_lesson_under_the_cap_and_what_does_not_fit_is_refused(tmp_path):
     assert not (tmp_path / "runs/other").exists()
     raised = run(*SMALL, *start, "--actions", "deepracer", "--speeds", 10, 20, 30, "--eval-interval", 0, cwd=tmp_path)
     assert raised.returncode == 0, raised.stderr
+
+
+def test_the_cap_rises_with_what_passes_and_failing_goes_back_to_it(tmp_path, monkeypatch):
+    """Evaluations that pass, fail and fail again; the games and the learning between them are real."""
+    monkeypatch.chdir(tmp_path)
+    passes, weights = iter((True, False, False)), []
+
+    def exam(agent, device, args, logger, step):
+        finished = 2 * next(passes)
+        weights.append(({key: value.clone() for key, value in agent.state_dict().items()}, args.speed_cap))
+        times = {"median": 50.0, "best": 50.0} if finished else {"median": None, "best": None}
+        return {"finished": finished, "races": 2, "progress": 0.5, "off_track_seconds": 0.0} | times
+
+    monkeypatch.setattr(ppo_tuxkart, "exam", exam)
+    args = ppo_tuxkart.Args(num_envs=2, num_steps=16, num_minibatches=2, total_timesteps=96, eval_interval=1)
+    args = dataclasses.replace(args, speed_cap=8.0, speed_curriculum=2.0, name="school")
+    ppo_tuxkart.train(args)
+    rows = [json.loads(line) for line in (tmp_path / "runs/school/metrics.jsonl").read_text().splitlines()]
+    assert [cap for _, cap in weights] == [8.0, 10.0, 9.0]
+    assert [row["charts/speed_cap"] for row in rows] == [10.0, 9.0, 8.5]
+    last = torch.load(tmp_path / "runs/school/last.pt", weights_only=True)
+    assert last["lesson"] == {"cap": 8.5, "passed": 8.0, "increment": 0.5} and last["made_on"]["speed_cap"] == 8.0
+    passed = weights[0][0]
+    assert all(torch.equal(last["agent"][key], value) for key, value in passed.items())
+    assert not all(torch.equal(weights[1][0][key], value) for key, value in passed.items())
+    assert not last["optimizer"]["state"]

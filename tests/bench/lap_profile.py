@@ -28,7 +28,9 @@ class Profile:
 
 def by_stretch(geometry, trail, edges):
     """Clock and speed at some distances from the first point on. trail: (T, 5) of clock, x, y, z, speed."""
-    along = np.array([geometry.locate(point)[0] for point in trail[:, 1:4]])
+    along = np.zeros(len(trail))
+    for i, point in enumerate(trail[:, 1:4]):
+        along[i] = geometry.locate(point, along[i - 1] if i else None)[0]
     progress = np.concatenate([[0.0], np.cumsum(geometry.gain(along[:-1], along[1:]))])
     return np.interp(edges, progress, trail[:, 0]), np.interp(edges, progress, trail[:, 4])
 

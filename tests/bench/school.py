@@ -83,7 +83,9 @@ def style(geometry, races):
     """How it drives, averaged over all moments of all races."""
     speeds, middles, sideways, angles = [], [], [], []
     for trail in (np.array(one["trail"]) for one in races if len(one["trail"]) > 1):
-        places = np.array([geometry.locate(point) for point in trail[:, 1:4]])
+        places = np.zeros((len(trail), 4))
+        for i, point in enumerate(trail[:, 1:4]):
+            places[i] = geometry.locate(point, places[i - 1, 0] if i else None)
         seconds, moved = np.diff(trail[:, 0]), np.diff(trail[:, [1, 3]], axis=0)
         drove = (seconds > 0) & (np.hypot(*moved.T) > 0.1) & (np.hypot(*moved.T) < 20)  # neither stood nor was rescued
         apart = np.arctan2(moved[:, 0], moved[:, 1]) - places[:-1, 2]
