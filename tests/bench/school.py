@@ -1,10 +1,10 @@
 """What each reward and each action set teaches: python tests/bench/school.py --folder FOLDER --out school.json
 
-Trains ppo_tuxkart.py briefly with one of them at a time, all else as it is by default, and races what it learnt
-greedily from the evaluation's starts. The table says how it drives: speed, distance from the middle as a share of half
-the road's width, how fast it moves sideways, how far its direction is from the road's, time off the road. The picture
-shows the laps on a map. FOLDER keeps the runs, and what is done is not done again, so it can be stopped and called once
-more.
+Trains ppo_tuxkart.py briefly with one of them at a time, all else as it is by default, from nothing or from the weights
+of --init-from, and races what it learnt greedily from the evaluation's starts. The table says how it drives: speed,
+distance from the middle as a share of half the road's width, how fast it moves sideways, how far its direction is from
+the road's, time off the road. The picture shows the laps on a map. FOLDER keeps the runs, and what is done is not done
+again, so it can be stopped and called once more.
 """
 
 import dataclasses
@@ -41,6 +41,8 @@ class School:
     """where the kart learns"""
     decisions: int = 300_000
     """decisions of each training"""
+    init_from: Path | None = None
+    """checkpoint that each begins with, which is raced as well"""
     races: int = 8
     """races of each"""
     picture: Path | None = None
@@ -102,19 +104,18 @@ def main(settings):
     points = {f"reward-{name}": ["--reward", name] for name in settings.rewards}
     points |= {f"actions-{name}": ["--actions", name] for name in settings.actions}
     table, maps = {}, {}
-    for name, options in points.items():
-        learn(
-            "ppo_tuxkart", settings.folder, name, settings.track, settings.decisions, ["--eval-interval", "0", *options]
-        )
-        checkpoint = ppo_tuxkart.load_checkpoint(settings.folder / "runs" / name / "last.pt")
+    start = ["--init-from", str(settings.init_from.resolve())] if settings.init_from else []
+    for name, options in (({"before": []} if start else {}) | points).items():
+        run, last = settings.folder / "runs" / name, {}
+        if options:
+            options = ["--eval-interval", "0", *start, *options]
+            learn("ppo_tuxkart", settings.folder, name, settings.track, settings.decisions, options)
+            last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        checkpoint = ppo_tuxkart.load_checkpoint(run / "last.pt" if options else settings.init_from)
         races, geometry = race(settings, checkpoint, name)
         summary = ppo_tuxkart.summarize(races)
-        lines = (settings.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        table[name] = summary | style(geometry, races) | {
-            "iterations": checkpoint["iteration"],
-            "seconds": json.loads(lines[-1])["charts/elapsed_seconds"],
-            "sampled_finish_rate": json.loads(lines[-1]).get("charts/finish_rate"),
-        }  # fmt: skip
+        kept = {"iteration", "charts/elapsed_seconds", "charts/finish_rate"} & last.keys()
+        table[name] = summary | style(geometry, races) | {key: last[key] for key in sorted(kept)}
         maps[name] = ppo_tuxkart.draw_map(geometry, races, 400)
         lap = f"{summary['median']:.2f} s" if summary["finished"] else f"{summary['progress']:.0%} of the lap"
         print(f"{name}: {summary['finished']} of {summary['races']} finished, {lap}", flush=True)
@@ -138,10 +139,10 @@ def main(settings):
         for axis in axes.flat:
             axis.axis("off")
         for axis, (name, picture) in zip(axes.flat, maps.items(), strict=False):
-            row, (kind, _, what) = table[name], name.partition("-")
+            row, title = table[name], f"--{name.replace('-', ' ')}" if "-" in name else name
             lap = f"{row['median']:.1f} s" if row["finished"] else f"{row['progress']:.0%} of the lap"
             axis.imshow(picture)
-            axis.set_title(f"--{kind} {what}\n{row['finished']} of {row['races']}, {lap}", fontsize=9)
+            axis.set_title(f"{title}\n{row['finished']} of {row['races']}, {lap}", fontsize=9)
         figure.savefig(settings.picture, dpi=100)
     if settings.out:
         result = {"table": table, "settings": plain_settings(settings, ("folder", "picture", "out"))}
