@@ -157,7 +157,8 @@ ENV_SETTINGS = ("engine", "width", "height", "frame_stack", "step_size", "max_se
 TOP_SPEED = 60.0  # m/s; no kart is faster, so a larger gain is a teleport
 NEAR_METRES = 50.0  # of road each way, more than a decision's drive, where a kart is looked for first
 LEVEL_METRES = 2.5  # above or below the road's middle a kart is not on that road
-BOOST_SECONDS, BOOST_SPEED = 1.0, 10.0  # a drift that long, at such m/s, earns a boost (kart_characteristics.xml)
+# A longer drift, never slower than that (m/s), earns a boost (kart_characteristics.xml); after one the next has to wait
+BOOST_SECONDS, BOOST_SPEED, BOOST_PAUSE = 1.0, 10.0, 0.7
 
 
 def engine_version(engine: str) -> str | None:
@@ -428,8 +429,8 @@ class TrackGeometry:
         """Nearest place on the centre line. point: (3,). along: where it was a moment ago, if that is known.
 
         Below a bridge, or near another stretch, the middle of another road can be nearer than that of the kart's own.
-        So of the places where the point is on the road, those within NEAR_METRES of `along` come first, then the
-        others; when it is on no road, the near ones do as long as they are not too far off.
+        So the road within NEAR_METRES of `along` comes first where the point is on it, then all roads that it is on and
+        the near one, as long as that is not too far off.
         Returns distance down the track in [0, length), signed lateral offset (right is positive), track heading and
         track width there.
         """
@@ -442,7 +443,7 @@ class TrackGeometry:
             near = np.minimum(apart, self.length - apart) < NEAR_METRES
             on_road = (np.hypot(gap[0], gap[2]) <= self.widths / 2) & (np.abs(gap[1]) < LEVEL_METRES)
             beside = near & (squares <= (self.widths / 2 + OFF_TRACK_METRES) ** 2)
-            choice = next((some for some in (near & on_road, on_road, beside) if some.any()), True)
+            choice = next((some for some in (near & on_road, on_road | beside) if some.any()), True)
             squares = np.where(choice, squares, np.inf)
         nearest = int(squares.argmin())
         (x, _, z), share = gap[:, nearest].tolist(), float(share[nearest])
@@ -570,7 +571,7 @@ class TuxKartEnv(gym.Env):
             self._hold(4.9)
             while self._world.time == 0:
                 self._hold(0.05)
-        self._from_line, start = self.in_race or self.np_random.random() >= self.random_start, None
+        self._from_line, start = self.in_race or self.np_random.random() >= self.random_start, 0.0
         if self.in_race:
             self._disturb_start(location, heading)
         elif not self._from_line:
@@ -587,7 +588,7 @@ class TuxKartEnv(gym.Env):
         self._off_track_m = self._off_track_seconds = 0.0
         self._parts, self._place_now, self._speed = dict.fromkeys(self.reward_weights, 0.0), self.position, 0.0
         self._going_on: set[str] = set()
-        self._drift_from = seconds
+        self._drift_from, self._drifts = seconds, False
         self.trail: list[tuple] = []
         self._frames = np.repeat(self._picture()[None], self.frame_stack, 0)  # (K, 3, H, W)
         return self.observation(), {}
@@ -665,9 +666,11 @@ class TuxKartEnv(gym.Env):
         items = [item.location for item in self._world.items if item.type.name in nitro]
         now = {"powerup": kart.powerup.type.name != "NOTHING", "jump": kart.jumping}
         now |= {"nitro": any(math.dist(item, kart.location) < 2 for item in items), "rescue": controls.rescue}
-        if not (controls.drift and self._speed >= BOOST_SPEED):
-            self._drift_from = self._world.time
-        now["drift"] = self._world.time - self._drift_from >= BOOST_SECONDS
+        drifts, clock = controls.drift and self._speed >= BOOST_SPEED, self._world.time
+        if not drifts:
+            self._drift_from = max(self._drift_from, clock + BOOST_PAUSE * self._drifts)
+        self._drifts = drifts
+        now["drift"] = clock - self._drift_from > BOOST_SECONDS
         now["use"] = controls.fire and "powerup" in self._going_on
         begun = tuple(name for name, on in now.items() if on and name not in self._going_on)
         self._going_on = {name for name, on in now.items() if on}
@@ -2140,7 +2143,9 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             raise UsageError(f"{folder}/last.pt cannot be resumed: type --init-from {folder}/last.pt.") from error
     else:
         if args.init_from:
-            load_weights(agent, load_checkpoint(args.init_from), args.init_from, made_on)
+            source = load_checkpoint(args.init_from)
+            load_weights(agent, source, args.init_from, made_on)
+            note_differences(source["made_on"], made_on)
         if rank == 0 and folder.exists():
             raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
 
@@ -2329,7 +2334,8 @@ def check_args(args: Args) -> Args:
             raise UsageError(f"--{name.replace('_', '-')} holds something that is not a finite number: type one.")
     if not (args.track and args.reward):
         raise UsageError("--track and --reward each need a name: type --track scotland --reward progress.")
-    if min(args.speeds, default=0) <= 0 or list(args.speeds) != sorted(set(args.speeds)):
+    rising = list(args.speeds) == sorted(set(args.speeds)) or args.resume or args.evaluate  # older runs' may not be
+    if min(args.speeds, default=0) <= 0 or not rising:
         raise UsageError("--speeds are metres a second above 0, the slowest first: type --speeds 8 16 24.")
     if args.speed_curriculum and not (args.speed_cap and args.eval_interval):
         raise UsageError("--speed-curriculum needs a cap to begin with and evaluations: type --speed-cap 8 as well.")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -148,22 +149,21 @@ def test_the_map_shows_the_road_and_where_it_ended():
 
 
 def drifts(engine):
-    """What is paid for a drift that is held, and for tapping the key; runs the game."""
+    """How often a drift is paid for: held; tapped; held a little more than a second with a decision between, which the
+    game gives no second boost for; and let go for six. Runs the game."""
+    REWARDS["tuxkart"] = lambda moment: float("drift" in moment.events)
     env, paid = TuxKartEnv(engine=engine, reward=("tuxkart",)), []
-    for pattern in ([1] * 12, [1, 0] * 6):
+    for pattern in ([1] * 20, [1, 0] * 10, [*[1] * 7, 0, *[1] * 7], [*[1] * 8, *[0] * 6, *[1] * 8]):
         env.reset(seed=0)
-        rewards = [env.step([2, 0, 0, 0])[1] for _ in range(32)]
-        fast = env._speed
-        rewards += [env.step([3, 0, drift, 0])[1] for drift in pattern]
-        paid.append((fast, sum(rewards) - env._progress))
+        while env._speed <= 1.2 * ppo_tuxkart.BOOST_SPEED:
+            env.step([2, 0, 0, 0])
+        paid.append(sum(env.step([2, 0, drift, 0])[1] for drift in pattern))
     env.close()
     return paid
 
 
-def test_a_drift_pays_once_and_only_if_it_earns_a_boost(engine):
-    (fast, held), (_, tapped) = in_process(drifts, engine)
-    assert fast > ppo_tuxkart.BOOST_SPEED
-    assert held == pytest.approx(3.0) and tapped < 1e-6  # pystk's karts jump a little, at -3
+def test_a_drift_pays_when_it_earns_a_boost(engine):
+    assert in_process(drifts, engine) == [1, 0, 1, 2]
 
 
 def drive_school(engine, actions, choice, steps, settings):
@@ -244,6 +244,7 @@ def test_the_cap_rises_with_what_passes_and_failing_goes_back_to_it(tmp_path, mo
         return {"finished": finished, "races": 2, "progress": 0.5, "off_track_seconds": 0.0} | times
 
     monkeypatch.setattr(ppo_tuxkart, "exam", exam)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # which the logger replaces
     args = ppo_tuxkart.Args(num_envs=2, num_steps=16, num_minibatches=2, total_timesteps=96, eval_interval=1)
     args = dataclasses.replace(args, speed_cap=8.0, speed_curriculum=2.0, name="school")
     ppo_tuxkart.train(args)

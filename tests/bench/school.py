@@ -69,7 +69,8 @@ def learn(script, folder, name, track, decisions, options):
 def race(settings, checkpoint, name):
     """Greedy races. Returns them and the track's geometry."""
     args = ppo_tuxkart.Args(**checkpoint["args"])
-    args.eval_episodes, here = settings.races, ppo_tuxkart.describe_setting(args)
+    args.track, args.eval_episodes = (settings.track,), settings.races
+    here = ppo_tuxkart.describe_setting(args)
     agent = ppo_tuxkart.Agent(here["observation"], here["actions"])
     ppo_tuxkart.load_weights(agent, checkpoint, Path(name), here)
     policy = ppo_tuxkart.network_policy(agent, torch.device("cpu"), greedy=True)
@@ -105,6 +106,8 @@ def main(settings):
     points |= {f"actions-{name}": ["--actions", name] for name in settings.actions}
     table, maps = {}, {}
     start = ["--init-from", str(settings.init_from.resolve())] if settings.init_from else []
+    if start and settings.actions:
+        sys.exit("Weights fit no other action set: type --actions with nothing after it.")
     for name, options in (({"before": []} if start else {}) | points).items():
         run, last = settings.folder / "runs" / name, {}
         if options:

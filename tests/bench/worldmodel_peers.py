@@ -4,7 +4,8 @@ The same networks, the same footage and the same threads, in turns. Its way, aft
 trainvae.py, trainmdrnn.py, data/loaders.py), written anew: rollouts in one process for each core, with Gymnasium's own
 CarRacing-v3 and V (its decoder too), M and C for one frame at a time; V learns from a DataLoader that shrinks and
 mirrors single pictures of 96 x 96, 32 to a minibatch; M learns from 16 sequences of 32 frames, which V encodes anew
-each time. Ours is the script's own code. Its loaders get one process for each core here, instead of 2 and 8.
+each time. Its loaders get one process for each core here, instead of 2 and 8. Ours is the script's own code, with its
+checkpoints; it draws every other frame, and encodes the footage once a round, which is not counted.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ def large(picture):
 
 
 def as_floats(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -150,7 +151,7 @@ def its_rollouts(number, seconds):
     """Frames that one process drives in so many seconds, and what it took. Runs in a process of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(number)
-    agent, frames = wm.Agent("zh"), 0
+    agent, frames = wm.Agent("zh").to(memory_format=torch.contiguous_format), 0
     controller = 0.05 * torch.randn(1, 3, 289)
     env = gym.make("CarRacing-v3", max_episode_steps=200)  # as many as the other way's
     started = time.perf_counter()
@@ -198,7 +199,7 @@ def our_learning(run, stage, per_step, seconds, steps):
 
 def measure(settings, run, pool, steps):
     """One turn: each of three things, its way and ours."""
-    figures, agent = {}, wm.Agent("zh")
+    figures, agent = {}, wm.Agent("zh").to(memory_format=torch.contiguous_format)
     pictures = np.stack([large(picture) for picture in run.footage.pictures[0]])
     rows = np.array(run.footage.rows[0])
     episodes = run.footage.episodes()[0]
