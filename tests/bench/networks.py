@@ -96,8 +96,8 @@ def main(settings):
             steps = np.array(curve["global_step"]) / 1e3
             for axes, key in ((progress, "charts/progress"), (finish, "charts/finish_rate")):
                 axes.plot(steps, np.array(curve[key], float), label=name, linewidth=1)
-        progress.set(xlabel="thousand decisions", ylabel="lap covered, sampled", ylim=(0, 1.02))
-        finish.set(xlabel="thousand decisions", ylabel="races finished, sampled", ylim=(0, 1.02))
+        progress.set(xlabel="thousand decisions", ylabel="lap covered, sampled", ylim=(0, None))
+        finish.set(xlabel="thousand decisions", ylabel="races finished, sampled", ylim=(0, None))
         progress.legend(fontsize=7, frameon=False)
         for axes in (progress, finish):
             axes.spines[["top", "right"]].set_visible(False)
