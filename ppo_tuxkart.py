@@ -16,7 +16,6 @@ import ctypes
 import dataclasses
 import difflib
 import functools
-import importlib
 import importlib.metadata
 import io
 import json
@@ -30,7 +29,7 @@ import threading
 import time
 import types
 import xml.etree.ElementTree
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -137,8 +136,7 @@ def engine_version(engine: str) -> str | None:
 
 def find_engine(engine: str = "auto") -> str:
     """Name of the module to drive the game with, "pystk" or "pystk2". Raises UsageError where there is none."""
-    wanted = ENGINES if engine == "auto" else [engine]
-    for module in wanted:
+    for module in ENGINES if engine == "auto" else [engine]:
         if engine_version(module):
             return module
     package = ENGINES["pystk2" if engine == "auto" else engine]
@@ -600,15 +598,10 @@ class TuxKartEnv(gym.Env):
             controls.speed, finished, terminated and not finished, place - self._place_now,
             self._events(controls) if "tuxkart" in self.reward_weights else (),
         )  # fmt: skip
-        reward = self._pay(moment)
-        info = self._final_info(end or "time limit") if terminated or truncated else {}
-        return self.observation(), reward, terminated, truncated, info
-
-    def _pay(self, moment: Moment) -> float:
-        """The reward of a moment, each of its parts added to the episode's."""
         parts = {name: weight * REWARDS[name](moment) for name, weight in self.reward_weights.items()}
         self._parts = {name: self._parts[name] + part for name, part in parts.items()}
-        return sum(parts.values())
+        info = self._final_info(end or "time limit") if terminated or truncated else {}
+        return self.observation(), sum(parts.values()), terminated, truncated, info
 
     def _final_info(self, end: str) -> dict:
         finished = end == "finished"
@@ -902,33 +895,31 @@ def average_gradients(agent: Agent) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def ppo_loss(
-    agent: Agent, batch: dict[str, Tensor], clip_coef: float, clip_vloss: bool, ent_coef: float, vf_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def ppo_loss(agent: Agent, batch: dict[str, Tensor], coefs: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of one minibatch.
 
-    batch: obs (B, C, H, W), actions (B, A), logprobs, values, advantages, returns (B,). Returns the loss and a dict of
-    detached scalars. The KL divergence is estimated by (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
+    batch: obs (B, C, H, W), actions (B, A), logprobs, values, advantages, returns (B,). `coefs`: Args. Returns the loss
+    and a dict of detached scalars. KL: (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
     """
     logits, values = agent(batch["obs"])
     logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec, agent.epsilon)
     logratio = logprobs - batch["logprobs"]
-    ratio = logratio.exp()
+    ratio, clip = logratio.exp(), coefs.clip_coef
     mean, deviation = moments(batch["advantages"])
     advantages = (batch["advantages"] - mean) / (deviation + 1e-8)
-    policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
+    policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
     value_error = (values - batch["returns"]) ** 2
-    if clip_vloss:
-        clipped = batch["values"] + (values - batch["values"]).clamp(-clip_coef, clip_coef)
+    if coefs.clip_vloss:
+        clipped = batch["values"] + (values - batch["values"]).clamp(-clip, clip)
         value_error = torch.max(value_error, (clipped - batch["returns"]) ** 2)
     value_loss = 0.5 * value_error.mean()
-    loss = policy_loss - ent_coef * entropy.mean() + vf_coef * value_loss
+    loss = policy_loss - coefs.ent_coef * entropy.mean() + coefs.vf_coef * value_loss
     return loss, {
         "losses/policy_loss": policy_loss.detach(),
         "losses/value_loss": value_loss.detach(),
         "losses/entropy": entropy.mean().detach(),
         "losses/approx_kl": ((ratio - 1) - logratio).mean().detach(),
-        "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean().detach(),
+        "losses/clipfrac": ((ratio - 1).abs() > clip).float().mean().detach(),
         "losses/ratio_error": (ratio - 1).abs().max().detach(),
     }
 
@@ -944,8 +935,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Adam, batch: dict[str, Tenso
     totals, stop = [], False
     for _ in range(args.epochs):
         for rows in torch.randperm(size).to(batch["returns"].device).split(size // args.num_minibatches):
-            minibatch = {key: value[rows] for key, value in batch.items()}
-            loss, scalars = ppo_loss(agent, minibatch, args.clip_coef, args.clip_vloss, args.ent_coef, args.vf_coef)
+            loss, scalars = ppo_loss(agent, {key: value[rows] for key, value in batch.items()}, args)
             totals.append(scalars)
             if args.target_kl is not None:
                 stop = bool(mean_over_ranks(scalars["losses/approx_kl"].clone()) > args.target_kl)
@@ -1330,16 +1320,14 @@ def draw_map(geometry: TrackGeometry, races: list[dict], size: int = 600) -> np.
 
 def summarize(races: list[dict]) -> dict:
     """Figures of a set of races, for evaluation.json and the logs; the median is the mean of the tracks' medians."""
-    laps, tracks = [], defaultdict(list)
-    for race in races:
-        if race["finished"]:
-            laps.append(float(race["lap_time"]))
-            tracks[race["track"]].append(laps[-1])
+    done = [(race["track"], float(race["lap_time"])) for race in races if race["finished"]]
+    laps, tracks = [lap for _, lap in done], dict(done)
+    medians = [np.median([lap for where, lap in done if where == track]) for track in tracks]
     return {
         "races": len(races),
         "finished": len(laps),
         "lap_times": laps,
-        "median": float(np.mean([np.median(times) for times in tracks.values()])) if laps else None,
+        "median": float(np.mean(medians)) if laps else None,
         "best": min(laps) if laps else None,
         "completion_interval": wilson_interval(len(laps), len(races)),
         "ends": dict(Counter(str(race["end"]) for race in races)),
@@ -1366,14 +1354,6 @@ def film_race(args: Args, track: str, snapshot: dict, path: Path, width: int = 6
         env.on_frame = lambda image: video.append_data(np.array(image))
         env.snapshot = snapshot
     env.close()
-
-
-def start_film(args: Args, track: str, races: list[dict], path: Path) -> multiprocessing.Process:
-    """A process of its own that films the best of the races, or the one that came furthest; to be joined."""
-    best = min(races, key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
-    film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], path), daemon=True)
-    film.start()
-    return film
 
 
 def write_mosaic(races: list[dict], path: Path, fps: float) -> None:
@@ -1424,16 +1404,17 @@ def evaluate_track(args: Args, agent: Agent, device: torch.device, iteration: in
     }
     races = {}
     for name, (driver, policy, keep_frames) in drivers.items():
-        games = race_games(args, track, driver)
-        try:
+        with contextlib.closing(race_games(args, track, driver)) as games:
             races[name] = run_races(games, policy, seeds, keep_frames)
             geometry = games.get("geometry")[0]
-        finally:
-            games.close()
         if name == "greedy":
             folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder.mkdir(parents=True)
-            film = start_film(args, track, races[name], folder / "best_race.mp4")  # beside the other races
+            # The best of them, or the one that came furthest, is filmed beside the other races.
+            best = min(races[name], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
+            settings = args, track, best["snapshot"], folder / "best_race.mp4"
+            film = multiprocessing.Process(target=film_race, args=settings, daemon=True)
+            film.start()
 
     result = here | {"checkpoint": str(args.evaluate), "iteration": iteration, "seeds": seeds}
     result |= {name: summarize(races[name]) for name in drivers}

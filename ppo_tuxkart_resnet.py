@@ -17,7 +17,6 @@ import ctypes
 import dataclasses
 import difflib
 import functools
-import importlib
 import importlib.metadata
 import io
 import json
@@ -31,7 +30,7 @@ import threading
 import time
 import types
 import xml.etree.ElementTree
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -171,8 +170,7 @@ def engine_version(engine: str) -> str | None:
 
 def find_engine(engine: str = "auto") -> str:
     """Name of the module to drive the game with, "pystk" or "pystk2". Raises UsageError where there is none."""
-    wanted = ENGINES if engine == "auto" else [engine]
-    for module in wanted:
+    for module in ENGINES if engine == "auto" else [engine]:
         if engine_version(module):
             return module
     package = ENGINES["pystk2" if engine == "auto" else engine]
@@ -634,15 +632,10 @@ class TuxKartEnv(gym.Env):
             controls.speed, finished, terminated and not finished, place - self._place_now,
             self._events(controls) if "tuxkart" in self.reward_weights else (),
         )  # fmt: skip
-        reward = self._pay(moment)
-        info = self._final_info(end or "time limit") if terminated or truncated else {}
-        return self.observation(), reward, terminated, truncated, info
-
-    def _pay(self, moment: Moment) -> float:
-        """The reward of a moment, each of its parts added to the episode's."""
         parts = {name: weight * REWARDS[name](moment) for name, weight in self.reward_weights.items()}
         self._parts = {name: self._parts[name] + part for name, part in parts.items()}
-        return sum(parts.values())
+        info = self._final_info(end or "time limit") if terminated or truncated else {}
+        return self.observation(), sum(parts.values()), terminated, truncated, info
 
     def _final_info(self, end: str) -> dict:
         finished = end == "finished"
@@ -1720,16 +1713,14 @@ def draw_map(geometry: TrackGeometry, races: list[dict], size: int = 600) -> np.
 
 def summarize(races: list[dict]) -> dict:
     """Figures of a set of races, for evaluation.json and the logs; the median is the mean of the tracks' medians."""
-    laps, tracks = [], defaultdict(list)
-    for race in races:
-        if race["finished"]:
-            laps.append(float(race["lap_time"]))
-            tracks[race["track"]].append(laps[-1])
+    done = [(race["track"], float(race["lap_time"])) for race in races if race["finished"]]
+    laps, tracks = [lap for _, lap in done], dict(done)
+    medians = [np.median([lap for where, lap in done if where == track]) for track in tracks]
     return {
         "races": len(races),
         "finished": len(laps),
         "lap_times": laps,
-        "median": float(np.mean([np.median(times) for times in tracks.values()])) if laps else None,
+        "median": float(np.mean(medians)) if laps else None,
         "best": min(laps) if laps else None,
         "completion_interval": wilson_interval(len(laps), len(races)),
         "ends": dict(Counter(str(race["end"]) for race in races)),
@@ -1756,14 +1747,6 @@ def film_race(args: Args, track: str, snapshot: dict, path: Path, width: int = 6
         env.on_frame = lambda image: video.append_data(np.array(image))
         env.snapshot = snapshot
     env.close()
-
-
-def start_film(args: Args, track: str, races: list[dict], path: Path) -> multiprocessing.Process:
-    """A process of its own that films the best of the races, or the one that came furthest; to be joined."""
-    best = min(races, key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
-    film = multiprocessing.Process(target=film_race, args=(args, track, best["snapshot"], path), daemon=True)
-    film.start()
-    return film
 
 
 def write_mosaic(races: list[dict], path: Path, fps: float) -> None:
@@ -1814,16 +1797,17 @@ def evaluate_track(args: Args, agent: Agent, device: torch.device, iteration: in
     }
     races = {}
     for name, (driver, policy, keep_frames) in drivers.items():
-        games = race_games(args, track, driver)
-        try:
+        with contextlib.closing(race_games(args, track, driver)) as games:
             races[name] = run_races(games, policy, seeds, keep_frames)
             geometry = games.get("geometry")[0]
-        finally:
-            games.close()
         if name == "greedy":
             folder = Path("runs") / f"{args.evaluate.stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder.mkdir(parents=True)
-            film = start_film(args, track, races[name], folder / "best_race.mp4")  # beside the other races
+            # The best of them, or the one that came furthest, is filmed beside the other races.
+            best = min(races[name], key=lambda race: race["lap_time"] if race["finished"] else 1e9 - race["progress"])
+            settings = args, track, best["snapshot"], folder / "best_race.mp4"
+            film = multiprocessing.Process(target=film_race, args=settings, daemon=True)
+            film.start()
 
     result = here | {"checkpoint": str(args.evaluate), "iteration": iteration, "seeds": seeds}
     result |= {name: summarize(races[name]) for name in drivers}

@@ -152,7 +152,7 @@ def test_clipped_value_loss_takes_the_worse_of_both():
     agent.nvec, agent.epsilon = [2], 0.0
     batch = {"obs": None, "actions": torch.zeros(2, 1, dtype=torch.int64), "logprobs": torch.full((2,), 0.5).log()}
     batch |= {"values": torch.zeros(2), "advantages": torch.tensor([1.0, -1.0]), "returns": torch.tensor([2.0, 0.0])}
-    _, scalars = ppo_tuxkart.ppo_loss(agent, batch, 0.2, True, 0.0, 0.5)
+    _, scalars = ppo_tuxkart.ppo_loss(agent, batch, ppo_tuxkart.Args(clip_vloss=True))
     # unclipped errors: 1 and 0.01; clipped to 0.2 and 0.1: 3.24 and 0.01
     assert scalars["losses/value_loss"].item() == pytest.approx(0.5 * (3.24 + 0.01) / 2)
 
@@ -168,6 +168,6 @@ def test_ratio_is_one_whatever_the_batch_that_the_network_sees():
         logprobs, _ = ppo_tuxkart.evaluate_actions(logits, actions, agent.nvec)
         batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
         batch |= {"values": torch.zeros(256), "advantages": torch.randn(256), "returns": torch.zeros(256)}
-        _, scalars = ppo_tuxkart.ppo_loss(agent, batch, 0.2, False, 0.0, 0.5)
+        _, scalars = ppo_tuxkart.ppo_loss(agent, batch, ppo_tuxkart.Args())
     assert scalars["losses/ratio_error"].item() < 1e-6
     assert scalars["losses/clipfrac"].item() == 0
