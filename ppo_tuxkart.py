@@ -402,20 +402,22 @@ class TrackGeometry:
         share = (relative * self._shares).sum(0).clip(0, 1)
         gap = relative - share * self._vectors
         squares = (gap * gap).sum(0)
-        if along is not None:
-            apart = np.abs(self._middles - along)
-            near = np.minimum(apart, self.length - apart) < NEAR_METRES
-            on_road = (np.hypot(gap[0], gap[2]) <= self.widths / 2) & (np.abs(gap[1]) < LEVEL_METRES)
-            beside = near & (squares <= (self.widths / 2 + OFF_TRACK_METRES) ** 2)
-            choice = next((some for some in (near & on_road, on_road | beside) if some.any()), True)
-            squares = np.where(choice, squares, np.inf)
         nearest = int(squares.argmin())
-        (x, _, z), share = gap[:, nearest].tolist(), float(share[nearest])
+        (x, y, z), half = gap[:, nearest].tolist(), self.widths / 2
+        on_it = math.hypot(x, z) <= half[nearest] and abs(y) < LEVEL_METRES
+        if along is not None and not (on_it and abs(self.gain(along, self._middles[nearest])) < NEAR_METRES):
+            near = np.abs(self.gain(along, self._middles)) < NEAR_METRES
+            on_road = (np.hypot(gap[0], gap[2]) <= half) & (np.abs(gap[1]) < LEVEL_METRES)
+            beside = near & (squares <= (half + OFF_TRACK_METRES) ** 2)
+            choice = next((some for some in (near & on_road, on_road | beside) if some.any()), True)
+            nearest = int(np.where(choice, squares, np.inf).argmin())
+            x, _, z = gap[:, nearest].tolist()
+        share = float(share[nearest])
         (begin, end), heading = self.distances[nearest].tolist(), float(self.headings[nearest])
         offset = math.copysign(math.hypot(x, z), x * math.cos(heading) - z * math.sin(heading))
         return (begin + share * (end - begin)) % self.length, offset, heading, float(self.widths[nearest])
 
-    def gain(self, before: float, after: float) -> float:
+    def gain(self, before: float, after: Any) -> Any:
         """Metres gained between two distances down the track, the shorter way round, in [-length/2, length/2)."""
         return (after - before + self.length / 2) % self.length - self.length / 2
 

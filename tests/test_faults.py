@@ -334,7 +334,8 @@ def internet_sockets(pid):
     return [line for line in lines if line.split()[9] in inodes]
 
 
-WHOLE_RUNS = {"ppo_tuxkart": [*SMALL, "--total-timesteps", 64], "worldmodel_carracing": [*CAR, "--workers", 2]}
+WHOLE_RUNS = {"ppo_tuxkart": [*SMALL, "--total-timesteps", 64], "ppo_tuxkart_resnet": [*SMALL, "--total-timesteps", 64]}
+WHOLE_RUNS |= {"worldmodel_carracing": [*CAR, "--workers", 2]}
 
 
 @pytest.mark.parametrize("script", WHOLE_RUNS)
@@ -349,7 +350,7 @@ def test_nothing_listens_and_nothing_leaves_the_machine(script, tmp_path):
             workers = children(process.pid)
             seen += [line for pid in (process.pid, *workers) for line in internet_sockets(pid)]
             most = max(most, len(workers))
-            time.sleep(0.1)
+            time.sleep(0.02)
         assert process.returncode == 0 and most >= 2 and not seen
     finally:
         process.kill()

@@ -1,7 +1,7 @@
 """World Models as ctallec/world-models trains them, against ours: python tests/bench/worldmodel_peers.py --out FILE
 
-The same networks, the same footage and the same threads, in turns. Its way, after its files of commit 0905346 (utils,
-trainvae.py, trainmdrnn.py, data/loaders.py), written anew: rollouts in one process for each core, with Gymnasium's own
+The same networks, the same footage and the same threads, in turns. Its way, after its utils/misc.py, trainvae.py,
+trainmdrnn.py and data/loaders.py, written anew: rollouts in one process for each core, with Gymnasium's own
 CarRacing-v3 and V (its decoder too), M and C for one frame at a time; V learns from a DataLoader that shrinks and
 mirrors single pictures of 96 x 96, 32 to a minibatch; M learns from 16 sequences of 32 frames, which V encodes anew
 each time. Its loaders get one process for each core here, instead of 2 and 8. Ours is the script's own code, with its
@@ -104,14 +104,20 @@ def forever(loader):
         yield from loader
 
 
+def whole(vision, pictures):
+    """V called as a whole: mean, log variance, a sample, and the picture of it, which not everybody needs."""
+    features = vision.encoder(pictures)
+    mu, logvar = vision.mu(features), vision.logvar(features)
+    z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
+    return mu, logvar, z, vision.decode(z)
+
+
 def its_vision(vision, pictures):
     optimizer = torch.optim.Adam(vision.parameters())
     loader = torch.utils.data.DataLoader(Pictures(pictures), 32, shuffle=True, num_workers=CORES, drop_last=True)
     for batch in forever(loader):
         optimizer.zero_grad()
-        features = vision.encoder(batch)
-        mu, logvar = vision.mu(features), vision.logvar(features)
-        decoded = vision.decode(mu + torch.exp(logvar / 2) * torch.randn_like(mu))
+        mu, logvar, _, decoded = whole(vision, batch)
         kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum()
         loss = F.mse_loss(decoded, batch, reduction="sum") + kl
         loss.backward()
@@ -127,11 +133,7 @@ def its_memory(vision, memory, pictures, rows):
     @torch.no_grad()
     def latents(frames):
         frames = F.interpolate(frames.flatten(0, 1), size=wm.SIZE, mode="bilinear", align_corners=True)
-        features = vision.encoder(frames)
-        mu, logvar = vision.mu(features), vision.logvar(features)
-        z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
-        vision.decode(z)  # it is called as a whole
-        return z.unflatten(0, (16, LENGTH)).transpose(0, 1)
+        return whole(vision, frames)[2].unflatten(0, (16, LENGTH)).transpose(0, 1)
 
     for before, after, *columns in forever(loader):
         z, targets = latents(before), latents(after)
@@ -160,9 +162,7 @@ def its_rollouts(number, seconds):
         hidden = torch.zeros(1, wm.HIDDEN)
         while not over:
             small = as_floats(Image.fromarray(picture).resize((wm.SIZE, wm.SIZE), Image.Resampling.BILINEAR))[None]
-            features = agent.vision.encoder(small)
-            mu, logvar = agent.vision.mu(features), agent.vision.logvar(features)
-            agent.vision.decode(mu + torch.exp(logvar / 2) * torch.randn_like(mu))
+            mu = whole(agent.vision, small)[0]
             action = wm.squash(wm.wanted_actions(mu, hidden, controller))
             out, state = agent.memory(mu[None], action[None], state)
             agent.memory.foretell(out)
