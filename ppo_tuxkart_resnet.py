@@ -2162,6 +2162,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             logger = Logger(folder, args, iteration, iteration * batch_size)
         iterations = args.total_timesteps // batch_size
         print(f"{folder}: {made_on['engine']} {made_on['engine_version']}, assets {made_on['assets']}, {device}")
+        tqdm.monitor_interval = 0  # its thread would run into the end of the interpreter
         bar = tqdm(total=iterations * batch_size, initial=iteration * batch_size, unit=" decisions", smoothing=0.05,
                    disable=rank > 0)  # fmt: skip
         while iteration < iterations:

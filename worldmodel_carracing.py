@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_sharer
 import os
 import shutil
 import signal
@@ -576,7 +577,9 @@ class Workers:
         self.fresh = [True] * count
         for number in range(count):
             self.start(number)
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.closing = threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
 
     def start(self, number: int) -> None:
         self.connections[number], theirs = self.context.Pipe()
@@ -595,11 +598,10 @@ class Workers:
 
     def watch(self) -> None:
         """Kills what hangs; then it is a dead worker like any other, also for one who waits to send to it."""
-        while self.processes:
-            for beat, process in zip(self.beats, list(self.processes), strict=False):
+        while not self.closing.wait(min(1.0, self.patience / 4)):
+            for beat, process in zip(self.beats, self.processes, strict=True):
                 if time.monotonic() - beat > self.patience:
                     process.kill()
-            time.sleep(min(1.0, self.patience / 4))
 
     def load(self, agent: Agent) -> None:
         """Has the workers drive with this V and M from now on."""
@@ -670,11 +672,14 @@ class Workers:
         return sorted(itertools.chain(*(results for results, _ in parts)), key=lambda result: result["index"])
 
     def close(self) -> None:
-        processes, self.processes = self.processes, []
-        for connection, process in zip(self.connections, processes, strict=True):
+        """Ends the workers, and the threads: one that still runs when the interpreter ends can take it down."""
+        self.closing.set()
+        self.watcher.join()
+        for connection, process in zip(self.connections, self.processes, strict=True):
             connection.close()
             process.kill()
             process.join()
+        multiprocessing.resource_sharer.stop()  # it has handed tensors to the workers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1034,6 +1039,7 @@ class Run:
     def __init__(self, args: Args, folder: Path, device: torch.device, checkpoint: dict | None) -> None:
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # its thread would run into the end of the interpreter
         self.args, self.folder, self.device = args, folder, device
         self.made_on = describe_setting()
         torch.manual_seed(args.seed)

@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import ppo_tuxkart  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has its jobs, and theirs, ignore it
+
 INSTALLED = [engine for engine in ppo_tuxkart.ENGINES if ppo_tuxkart.engine_version(engine)]
 
 

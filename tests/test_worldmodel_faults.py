@@ -29,10 +29,13 @@ ONE_ROUND = ["--rounds", 1, "--workers", 1]
 @pytest.fixture(scope="module")
 def workers():
     torch.manual_seed(0)
+    before = set(threading.enumerate())
     workers = wm.Workers(2)
     workers.load(wm.Agent("zh"))
     yield workers
+    assert len(set(threading.enumerate()) - before) == 2  # the watcher, and what hands tensors over
     workers.close()
+    assert set(threading.enumerate()) <= before
 
 
 def drive(workers, count=10, limit=60):
