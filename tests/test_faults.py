@@ -335,7 +335,7 @@ def internet_sockets(pid):
 
 
 WHOLE_RUNS = {"ppo_tuxkart": [*SMALL, "--total-timesteps", 64], "ppo_tuxkart_resnet": [*SMALL, "--total-timesteps", 64]}
-WHOLE_RUNS |= {"worldmodel_carracing": [*CAR, "--workers", 2]}
+WHOLE_RUNS |= {"worldmodel_carracing": [*CAR, "--rounds", 1, "--workers", 2]}
 
 
 @pytest.mark.parametrize("script", WHOLE_RUNS)

@@ -18,21 +18,21 @@ def test_weights_race_as_their_evaluation_says(weights, tmp_path):
     assert not any(str(value).startswith("/") for value in ppo_tuxkart.load_checkpoint(weights)["args"].values())
     if said["engine"] not in INSTALLED:
         pytest.skip(f"{said['engine']} is not installed")
-    finished = run("--evaluate", weights, "--eval-episodes", 3, "--engine", said["engine"], cwd=tmp_path)
+    finished = run("--evaluate", weights, "--eval-episodes", 2, "--engine", said["engine"], cwd=tmp_path)
     assert finished.returncode == 0 and "Warning" not in finished.stderr, finished.stderr
     (file,) = (tmp_path / "runs").glob("*/evaluation.json")
     result = json.loads(file.read_text())
-    assert result["finished"] == 3 and said["finished"] == 20
-    assert result["lap_times"] == pytest.approx(said["lap_times"][:3], abs=2.0)  # another CPU rounds otherwise
-    assert result["ai_lap_times"] == pytest.approx(said["ai_lap_times"][:3], abs=0.02)
+    assert result["finished"] == 2 and said["finished"] == 20
+    assert result["lap_times"] == pytest.approx(said["lap_times"][:2], abs=2.0)  # another CPU rounds otherwise
+    assert result["ai_lap_times"] == pytest.approx(said["ai_lap_times"][:2], abs=0.02)
 
 
 def test_the_car_drives_as_its_evaluation_says(tmp_path):
     said = json.loads((ROOT / "tests/bench/results/carracing.evaluation.json").read_text())
     assert CAR.stat().st_size < 12_000_000 and len(said["returns"]) == 100
-    finished = run("--evaluate", CAR, "--eval-episodes", 4, cwd=tmp_path, script="worldmodel_carracing")
+    finished = run("--evaluate", CAR, "--eval-episodes", 2, cwd=tmp_path, script="worldmodel_carracing")
     assert finished.returncode == 0, finished.stderr
     (file,) = (tmp_path / "runs").glob("*/evaluation.json")
     result = json.loads(file.read_text())
-    assert result["seeds"] == said["seeds"][:4]
-    assert result["mean"] == pytest.approx(sum(said["returns"][:4]) / 4, abs=60)  # another CPU rounds otherwise
+    assert result["seeds"] == said["seeds"][:2]
+    assert result["mean"] == pytest.approx(sum(said["returns"][:2]) / 2, abs=60)  # another CPU rounds otherwise

@@ -24,7 +24,7 @@ COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in
 CI = ["./install.sh", ".venv/bin/pip install -q -r tests/requirements.txt"]
 CI += [".venv/bin/pytest -q -n 2 --dist loadfile tests"]
 
-RACES = ["--eval-episodes", 1, "--max-seconds", 10]
+RACES = ["--eval-episodes", 1, "--max-seconds", 5]
 LEARN = [*RACES, "--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 64]
 LEARN += ["--eval-interval", 2]
 SHORTER = {

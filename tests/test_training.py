@@ -19,8 +19,8 @@ SMALL = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs",
 def trained(tmp_path_factory):
     """Two minutes of learning: the working folder and the run's."""
     cwd = tmp_path_factory.mktemp("learning")
-    settings = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 24_576, "--learning-rate", 5e-4]
-    settings += ["--random-start", 0.2, "--eval-interval", 48, "--eval-episodes", 2, "--seed", 2, "--name", "trained"]
+    settings = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 16_384, "--learning-rate", 5e-4]
+    settings += ["--random-start", 0.2, "--eval-interval", 32, "--eval-episodes", 2, "--max-seconds", 60, "--seed", 2, "--name", "trained"]
     finished = run(*settings, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return cwd, cwd / "runs" / "trained"
@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
 
 def test_two_minutes_of_learning_help(trained):
     rows = metrics(trained[1])
-    assert [row["iteration"] for row in rows] == list(range(1, 49))
+    assert [row["iteration"] for row in rows] == list(range(1, 33))
     returns, progress = ([row[f"charts/{key}"] for row in rows[5:]] for key in ("episodic_return", "progress"))
     assert np.mean(returns[-5:]) > np.mean(returns[:5]) + 1.0
     assert np.mean(progress[-5:]) > np.mean(progress[:5]) + 0.01
@@ -64,14 +64,14 @@ def test_checkpoints_hold_plain_values(trained):
 @pytest.mark.parametrize("engine", INSTALLED)
 def test_evaluation_races_greedy_sampled_and_the_ai(trained, engine):
     cwd, folder = trained
-    races = ["--eval-episodes", 3, "--max-seconds", 60, "--engine", engine]
+    races = ["--track", "olivermath", "--eval-episodes", 3, "--max-seconds", 25, "--engine", engine]
     finished = run("--evaluate", folder / "best.pt", *races, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
-    written = max((cwd / "runs").glob("best-scotland-*"), key=lambda path: path.stat().st_mtime)
+    written = max((cwd / "runs").glob("best-olivermath-*"), key=lambda path: path.stat().st_mtime)
     result = json.loads((written / "evaluation.json").read_text())
-    assert result["engine"] == engine and result["track"] == ["scotland"] and result["difficulty"] == 2
+    assert result["engine"] == engine and result["track"] == ["olivermath"] and result["difficulty"] == 2
     assert result["seeds"] == [1000, 1001, 1002] and result["greedy"]["races"] == result["ai"]["races"] == 3
-    assert result["ai"]["finished"] == 3 and 40 < result["ai_median"] < 56 and len(set(result["ai_lap_times"])) == 3
+    assert result["ai"]["finished"] == 3 and 17 < result["ai_median"] < 22 and len(set(result["ai_lap_times"])) == 3
     assert result["finished"] == len(result["lap_times"]) and (result["ratio"] is None) == (result["median"] is None)
     film = imageio.v3.imread(written / "best_race.mp4")
     assert film.shape[1:] == (480, 640, 3) and len(film) > 60 and film.std() > 20
@@ -87,16 +87,17 @@ def test_several_tracks_are_learnt_and_raced(tmp_path):
     learnt = run(*SMALL, "--track", *tracks, *short, "--name", "two", cwd=tmp_path)
     assert learnt.returncode == 0, learnt.stderr
     assert metrics(tmp_path / "runs" / "two")[-1]["eval/progress"] < 0.5
-    races = ["--eval-episodes", 1, "--max-seconds", 60]
+    races = ["--eval-episodes", 1, "--max-seconds", 25]  # too short for lighthouse
     finished = run("--evaluate", tmp_path / "runs" / "two" / "best.pt", *races, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    for track, least, most in (("lighthouse", 28, 42), ("olivermath", 12, 30)):
+    rows = [words.split() for words in finished.stdout.splitlines()[-2:]]
+    assert [row[0] for row in rows] == tracks
+    for track, row in zip(tracks, rows, strict=True):
         (written,) = (tmp_path / "runs").glob(f"best-{track}-*")
         result = json.loads((written / "evaluation.json").read_text())
-        assert result["track"] == [track] and least < result["ai_median"] < most
-        assert [track, f"{result['ai_median']:.2f}"] in [
-            [words[0], words[-3]] for words in map(str.split, finished.stdout.splitlines()[-2:])
-        ]
+        assert result["track"] == [track] and result["ai"]["races"] == 1
+        assert (result["ai_median"] is None) == (track == "lighthouse")
+        assert track == "lighthouse" or row[-3] == f"{result['ai_median']:.2f}" and 17 < result["ai_median"] < 22
 
 
 def test_races_on_several_tracks_are_those_on_each():
@@ -135,16 +136,17 @@ SCRIPTS = {"ppo": ("ppo_tuxkart", ()), "lstm": ("ppo_tuxkart_resnet", LSTM), "no
 
 @pytest.mark.parametrize("case", SCRIPTS)
 def test_killed_and_resumed_is_never_killed(case, tmp_path):
-    """Killed in the middle of episodes, after the games were loaded anew, and with the first script before that too."""
+    """Killed in the middle of episodes; with the first script once more, after the games were loaded anew."""
     script, extra = SCRIPTS[case]
-    settings = [*SMALL, "--total-timesteps", 36 * 32, "--seed", 5, "--random-start", 0.5, *extra]
+    iterations, kills = (36, (7, 34)) if case == "ppo" else (12, (7,))
+    settings = [*SMALL, "--total-timesteps", iterations * 32, "--seed", 5, "--random-start", 0.5, *extra]
     if case == "ppo":  # evaluations before and after the second kill
-        settings += ["--eval-interval", 24, "--eval-episodes", 2, "--max-seconds", 20]
+        settings += ["--eval-interval", 24, "--eval-episodes", 2, "--max-seconds", 8]
     folder, where = tmp_path / "runs" / "killed", {"cwd": tmp_path, "script": script}
     whole = run(*settings, "--name", "whole", **where)
     assert whole.returncode == 0, whole.stderr
     command = [*settings, "--name", "killed"]
-    for rows in (7, 34) if case == "ppo" else (34,):
+    for rows in kills:
         process, _, games = start_and_signal(SIGKILL, rows, folder, *command, **where)
         assert process.returncode == -SIGKILL and len(games) >= 2 and not alive(games)
         command = ["--resume", folder]
@@ -152,7 +154,7 @@ def test_killed_and_resumed_is_never_killed(case, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
 
     expected = metrics(tmp_path / "runs" / "whole")
-    assert len(expected) == 36
+    assert len(expected) == iterations
     board = EventAccumulator(str(folder)).Reload()  # which hides what was logged after the checkpoint, and only that
     assert [event.step for event in board.Scalars("charts/SPS")] == [row["global_step"] for row in expected]
     assert metrics(folder) == expected
@@ -183,14 +185,16 @@ def test_norms_go_on_and_a_resumed_run_may_take_smaller_pieces(tmp_path):
     assert tracked[1] == tracked[0] + 1  # a fresh network's would have been refreshed before it drove
 
 
-@pytest.mark.parametrize(("kind", "settings"), {"lstm": ["--memory", "lstm"], "compiled": ["--compile"]}.items())
-def test_deep_networks_are_learnt_and_raced(kind, settings, tmp_path):
+@pytest.mark.parametrize("settings", [["--memory", "lstm"], ["--network", "ec418", "--compile"]], ids=" ".join)
+def test_deep_networks_are_learnt_and_raced(settings, tmp_path):
     where = {"cwd": tmp_path, "script": "ppo_tuxkart_resnet"}
-    settings = [*settings, "--base-channels", 4, "--width", 36, "--height", 36, *SMALL, "--total-timesteps", 64]
-    learnt = run(*settings, "--name", kind, **where)
+    size = ["--base-channels", 4, "--width", 36, "--height", 36]
+    learnt = run(*settings, *size, *SMALL, "--total-timesteps", 64, "--name", "deep", **where)
     assert learnt.returncode == 0 and "memory: rollout" in learnt.stdout, learnt.stderr
-    assert all(row["losses/ratio_error"] < 1e-4 for row in metrics(tmp_path / "runs" / kind))
-    raced = run("--evaluate", f"runs/{kind}/last.pt", "--eval-episodes", 3, "--max-seconds", 4, **where)
+    assert all(row["losses/ratio_error"] < 1e-4 for row in metrics(tmp_path / "runs" / "deep"))
+    if "--compile" in settings:  # it would compile anew
+        return
+    raced = run("--evaluate", "runs/deep/last.pt", "--eval-episodes", 3, "--max-seconds", 4, **where)
     assert raced.returncode == 0, raced.stderr
     (file,) = (tmp_path / "runs").glob("last-scotland-*/evaluation.json")
     result = json.loads(file.read_text())
