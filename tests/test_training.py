@@ -20,7 +20,8 @@ def trained(tmp_path_factory):
     """Two minutes of learning: the working folder and the run's."""
     cwd = tmp_path_factory.mktemp("learning")
     settings = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 16_384, "--learning-rate", 5e-4]
-    settings += ["--random-start", 0.2, "--eval-interval", 32, "--eval-episodes", 2, "--max-seconds", 60, "--seed", 2, "--name", "trained"]
+    settings += ["--random-start", 0.2, "--eval-interval", 32, "--eval-episodes", 2, "--max-seconds", 60]
+    settings += ["--seed", 2, "--name", "trained"]
     finished = run(*settings, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return cwd, cwd / "runs" / "trained"
