@@ -27,7 +27,6 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.resource_sharer
 import os
 import shutil
 import signal
@@ -60,7 +59,7 @@ STAGES: Final = ("collect", "vision", "memory", "controller", "evaluate")
 class Args:
     """World Models that drive CarRacing-v3 from pixels. No flag is needed."""
 
-    seed: int = 1  # seed of the networks, the minibatches, the search and the tracks to learn on
+    seed: int = 1  # seed of the networks, the minibatches, the driving, the search and its tracks
     name: str | None = None  # the run's folder under runs/ (default: seed and time)
     resume: Path | None = None  # run folder to go on with as if never stopped; its settings are kept
     init_from: Path | None = None  # checkpoint to take V, M and C from, and nothing else
@@ -72,7 +71,7 @@ class Args:
     eval_episodes: int = 100  # tracks per evaluation
     eval_seed: int = 1000  # seed of the first evaluation track; the others follow
     eval_fast: bool = False  # evaluate in FastCarRacing as well, on the same tracks
-    eval_interval: int = 10  # generations between the mean controller's validations on fresh tracks
+    eval_interval: int = 10  # generations between the mean controller's validations, on tracks kept for that
     workers: int | None = None  # driving processes (default: one for each core)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn and dream; auto takes the GPU if there is one
 
@@ -552,10 +551,10 @@ def work(connection: multiprocessing.connection.Connection, beats: Any, driven: 
             world, settings, weights, controllers = connection.recv()
             if weights:
                 agent = Agent(*settings)
-                agent.load_state_dict(weights)
+                agent.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
             if world not in envs:
                 envs[world] = [ENVIRONMENTS[world]() for _ in range(SLOTS)]
-            drive(envs[world], agent, controllers, connection.recv, on_step, connection.send)
+            drive(envs[world], agent, torch.from_numpy(controllers), connection.recv, on_step, connection.send)
             connection.send(None)
 
 
@@ -582,11 +581,16 @@ class Workers:
         self.watcher.start()
 
     def start(self, number: int) -> None:
-        self.connections[number], theirs = self.context.Pipe()
+        connection, theirs = self.context.Pipe()
         arguments = (theirs, self.beats, self.driven, number)
-        self.processes[number] = self.context.Process(target=work, args=arguments, daemon=True)
-        self.processes[number].start()
+        process = self.context.Process(target=work, args=arguments, daemon=True)
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for it to inherit while it imports
+        try:
+            process.start()
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)
         theirs.close()
+        self.connections[number], self.processes[number] = connection, process
         self.fresh[number] = True
 
     def replace(self, number: int) -> None:
@@ -605,7 +609,8 @@ class Workers:
 
     def load(self, agent: Agent) -> None:
         """Has the workers drive with this V and M from now on."""
-        self.weights = {key: value.detach().cpu().clone() for key, value in agent.state_dict().items()}
+        # Arrays travel whole; of a tensor only a file descriptor would, 31 for every worker.
+        self.weights = {key: value.detach().cpu().numpy().copy() for key, value in agent.state_dict().items()}
         self.settings = (agent.controller_input, agent.repeat, agent.sample_z)
         self.fresh = [True] * len(self.processes)
 
@@ -613,7 +618,7 @@ class Workers:
         """The results of `drive` for all jobs of all ranks, in the jobs' order. Their `index` is set here."""
         for index, job in enumerate(jobs):
             job["index"] = index
-        controllers, to_do, results = gather(controllers)[0], jobs[RANK::RANKS][::-1], []
+        arrays, to_do, results = gather(controllers.detach().cpu().numpy())[0], jobs[RANK::RANKS][::-1], []
         held: dict[int, dict[int, dict]] = {}  # what each one at work has to drive
         told: set[int] = set()
         deaths, started = 0, time.time()
@@ -624,7 +629,7 @@ class Workers:
             self.beats[number] = time.monotonic() + 600 * self.fresh[number]  # a new one has much to import
             told.discard(number)
             weights = self.weights if self.fresh[number] else None
-            self.connections[number].send((world, self.settings, weights, controllers))
+            self.connections[number].send((world, self.settings, weights, arrays))
             self.fresh[number] = False
 
         def hand_out(number: int) -> None:
@@ -672,14 +677,13 @@ class Workers:
         return sorted(itertools.chain(*(results for results, _ in parts)), key=lambda result: result["index"])
 
     def close(self) -> None:
-        """Ends the workers, and the threads: one that still runs when the interpreter ends can take it down."""
+        """Ends the workers, and the watching thread: one that still runs as the interpreter ends can abort it."""
         self.closing.set()
         self.watcher.join()
         for connection, process in zip(self.connections, self.processes, strict=True):
             connection.close()
             process.kill()
             process.join()
-        multiprocessing.resource_sharer.stop()  # it has handed tensors to the workers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1367,7 +1371,6 @@ def stage_controller(run: Run, round_: int) -> bool:
     """Searches C by CMA-ES, in the dream and, in the last round, on real tracks. Its mean counts; the best is kept."""
     args, state, agent = run.args, run.state, run.agent
     run.footage.open(round_)
-    agent.eval()
     run.workers.load(agent)
     dreamt = args.dream_generations if args.controller_input == "zh" else 0
     shape, total = agent.controller.shape, dreamt + args.generations * (round_ == args.rounds)
@@ -1508,7 +1511,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             run.state["step"] = 0
             run.save()
         gather(None)  # best.pt is written
-        if "evaluate" in args.stages:
+        if "evaluate" in args.stages and (folder / "best.pt").exists():
             evaluate(args, load_checkpoint(folder / "best.pt"), folder, run.workers)
         print(f"done: type --evaluate {folder}/best.pt to drive other tracks, --dream {folder}/best.pt to see it dream")
     except KeyboardInterrupt:
@@ -1640,6 +1643,8 @@ def film_dream(args: Args, checkpoint: dict) -> None:
     import imageio.v3
 
     assert args.dream is not None
+    if RANK > 0:
+        return
     agent = Agent(args.controller_input, args.action_repeat, args.sample_z)
     load_weights(agent, checkpoint, args.dream)
     note_differences(checkpoint["made_on"], describe_setting())
@@ -1710,7 +1715,7 @@ def check_args(args: Args, done: Sequence = ()) -> Args:
     limits |= {name: (RANKS, np.inf) for name in ("vision_batch", "memory_batch")}
     limits |= {name: (0, np.inf) for name in ("vision_steps", "memory_steps", "dream_generations", "hours")}
     limits |= {"seed": (0, 70), "action_repeat": (1, 10), "population": (4, 10_000), "max_frames": (60, 1000)}
-    limits |= {"rounds": (1, 100), "eval_seed": (0, 900_000), "eval_episodes": (1, 100_000)}  # then tracks to learn on
+    limits |= {"rounds": (1, 99), "eval_seed": (0, 900_000), "eval_episodes": (1, 100_000)}  # then tracks to learn on
     limits |= {"collect_frames": (100, np.inf), "vision_lr": (0, 1), "memory_lr": (0, 1), "sigma": (1e-6, 10)}
     limits |= {"temperature": (0.01, 10), "dream_dropout": (0, 0.99)} | ({"workers": (1, 1024)} if args.workers else {})
     for name, (least, most) in limits.items():
@@ -1722,17 +1727,22 @@ def check_args(args: Args, done: Sequence = ()) -> Args:
         raise UsageError(f"--stages names none: type some of {' '.join(STAGES)}, or leave it out.")
     if args.evaluate or args.dream:
         return args
-    to_do = [stage for _, stage in still_to_do(args, done)]
-    chosen = [stage for stage in STAGES if stage in args.stages]
-    missing = "controller" if chosen == ["evaluate"] and not any(stage == "controller" for _, stage in done) else None
-    if to_do and chosen[0] != "evaluate" and to_do[0] not in chosen:
-        missing = to_do[0]
-    if missing:
-        stages = " ".join(stage for stage in STAGES if stage in (missing, *chosen))
-        raise UsageError(f"The stage {chosen[0]} needs {missing} first: type --stages {stages}.")
+    to_do, chosen = still_to_do(args, done), [stage for stage in STAGES if stage in args.stages]
+    due = [stage for round_, stage in to_do if round_ == to_do[0][0]]  # in the round that is not done
+    if all(stage != "controller" for _, stage in done):
+        due.append("evaluate")
+    runs = list(itertools.takewhile(chosen.__contains__, due))
+    idle = [stage for stage in chosen if stage in due and stage not in runs]
+    if to_do and not runs and chosen != ["evaluate"]:
+        idle = idle or chosen
+    if idle:
+        before = due[: due.index(idle[-1])] if idle[-1] in due else due[:1]
+        missing = [stage for stage in before if stage not in chosen]
+        stages = " ".join(stage for stage in STAGES if stage in (*missing, *chosen))
+        raise UsageError(f"The stage {idle[-1]} needs {' and '.join(missing)} first: type --stages {stages}.")
     where = next(path for path in (Path("runs").absolute(), Path.cwd()) if path.exists())
     free, need = shutil.disk_usage(where).free / 1e9, disk_need(args) / 1e9
-    if need > free and not done:
+    if need > free and not args.resume:  # else it has some of it already
         wanted = "type a smaller --collect-frames, or start in a folder on another disk"
         raise UsageError(f"The footage needs {need:.1f} GB and {where} has {free:.1f} GB free: {wanted}.")
     return args

@@ -534,7 +534,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     refused = run("--resume", folder, "--population", 9, cwd=tmp_path, **SCRIPT)
     assert refused.returncode == 2 and "--population" in refused.stderr
     refused = run("--resume", folder, "--stages", "controller", cwd=tmp_path, **SCRIPT)
-    assert refused.returncode == 2 and "--stages vision controller" in refused.stderr
+    assert refused.returncode == 2 and "--stages vision memory controller" in refused.stderr
     refused = run(*SMALL, "--name", "stopped", cwd=tmp_path, **SCRIPT)
     assert refused.returncode == 2 and "--resume" in refused.stderr
 
@@ -545,7 +545,9 @@ MISTAKES = {
     "--population 1": "--population is 1: type a number from 4 to 10000",
     "--max-frames 2000": "from 60 to 1000",
     "--stages vision": "type --stages collect vision",
-    "--stages evaluate": "type --stages controller evaluate",
+    "--stages evaluate": "type --stages collect vision memory controller evaluate",
+    "--stages collect vision memory evaluate": "evaluate needs controller first: type --stages collect vision memory c",
+    "--stages collect controller": "controller needs vision and memory first: type --stages collect vision memory c",
     "--stages drive": "Invalid choice",
     "--stages": "--stages names none: type some of collect vision",
     "--collect-frames 900000000000": "type a smaller --collect-frames",

@@ -33,7 +33,7 @@ def workers():
     workers = wm.Workers(2)
     workers.load(wm.Agent("zh"))
     yield workers
-    assert len(set(threading.enumerate()) - before) == 2  # the watcher, and what hands tensors over
+    assert set(threading.enumerate()) - before == {workers.watcher}
     workers.close()
     assert set(threading.enumerate()) <= before
 
