@@ -15,6 +15,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import importlib.metadata
@@ -68,7 +69,7 @@ class Args:
     base_channels: int | None = None  # channels of its first layer (default: 16, 128, 256, 32)
     memory: Literal["stack", "lstm"] = "stack"  # frames stacked, or one frame and an LSTM (impala only)
     color: Literal["rgb", "gray"] | None = None  # what the pictures hold (default: gray for conv2d, else rgb)
-    amp: Literal["off", "bf16", "fp16"] = "off"  # half precision in the network; logits, values and losses stay float32
+    amp: Literal["off", "bf16", "fp16"] = "off"  # half precision in the network; losses are float32
     compile: bool = False  # compile the network with torch.compile
     summary: bool = False  # print the network's layers and stop
 
@@ -229,6 +230,16 @@ def gpu_renders() -> bool:
     return sys.platform != "linux" or any(os.access(node, os.R_OK | os.W_OK) for node in nodes)
 
 
+def belong_to_parent() -> None:
+    """Leaves Ctrl-C to the process that has started this one, and has this one die with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        parent = multiprocessing.parent_process()
+        if parent and os.getppid() == 1 != parent.pid:  # it has died already
+            os._exit(1)
+
+
 def load_engine(engine: str) -> types.ModuleType:
     """Imports the engine and prepares this process for it. Returns the module."""
     if not gpu_renders():
@@ -236,10 +247,8 @@ def load_engine(engine: str) -> types.ModuleType:
         hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
         os.environ.setdefault("MESA_EXTENSION_OVERRIDE", hidden)
         os.environ.setdefault("LP_NUM_THREADS", "0")
-    if multiprocessing.parent_process() is not None:  # a worker: Ctrl-C is its parent's, and it dies with its parent
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if multiprocessing.parent_process() is not None:
+        belong_to_parent()
         silence = os.open(os.devnull, os.O_WRONLY)  # the engine talks to file descriptors 1 and 2 from C++
         os.dup2(silence, 1)
         os.dup2(silence, 2)
@@ -1308,6 +1317,7 @@ def play(
 
     newest, last: shared memory for the newest pictures of all games, and for those that their last episode ended with.
     """
+    belong_to_parent()
     env = make_env()
     shape = (-1, *env.observation_space.shape)
     newest, last = (np.frombuffer(memory, np.uint8).reshape(shape)[index] for memory in (newest, last))
@@ -1617,6 +1627,7 @@ def run_races(
         options[seed]["track"] = tracks[k % len(tracks)]
     waiting = deque(seeds)
     racing: dict[int, int] = {}  # {game: seed}
+    lost = dict.fromkeys(seeds, 0)
     results: dict[int, dict] = {}
     frames: dict[int, list[np.ndarray]] = {seed: [] for seed in list(seeds)[:keep_frames]}
     color = games.get("color")[0]
@@ -1638,6 +1649,9 @@ def run_races(
                     results[seed] = info | {"seed": seed}
                 else:  # its game was lost
                     waiting.append(seed)
+                    lost[seed] += 1
+                    if lost[seed] > games.patience:
+                        raise RunError(f"The race of seed {seed} lost its game {lost[seed]} times")
                     frames = {key: [] if key == seed else kept for key, kept in frames.items()}
     return [results[seed] | {"frames": frames.get(seed)} for seed in seeds]
 
@@ -1741,6 +1755,7 @@ def score(summary: dict) -> tuple[float, float, float]:
 
 def film_race(args: Args, track: str, snapshot: dict, path: Path, width: int = 640, height: int = 480) -> None:
     """Replays one race at a size a person wants to look at and writes it as mp4, 20 pictures a second of game time."""
+    belong_to_parent()
     import imageio.v2
 
     env = make_env(dataclasses.replace(args, width=width, height=height, frame_stack=1), track)()
@@ -2081,7 +2096,8 @@ def join_ranks(device: torch.device) -> None:
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    patience = datetime.timedelta(days=1)  # while the first rank drives alone; torchrun sees who has died
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
 
 
 def run_folder(args: Args) -> Path:
@@ -2132,7 +2148,8 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             source = load_checkpoint(args.init_from)
             load_weights(agent, source, args.init_from, made_on)
             note_differences(source["made_on"], made_on)
-        if rank == 0 and folder.exists():
+        unborn = (folder / "config.json").exists() and not (folder / "last.pt").exists()  # no iteration was saved
+        if rank == 0 and folder.exists() and not unborn:
             raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
 
     sampler = Sampler(args, device, agent.state_size)
@@ -2141,7 +2158,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         for group in sampler.groups:
             group.set("speed_cap", lesson["cap"])
         if checkpoint:
-            print("driving the games back to where they were, at most a few minutes", flush=True)
+            print("driving the games back to where they were, which takes minutes", flush=True)
             sampler.restore(own["episodes"], own["memory"])
             torch.set_rng_state(own["rng"])
             if device.type == "cuda" and own["cuda_rng"] is not None:
@@ -2269,7 +2286,10 @@ def pick_device(name: str) -> torch.device:
         raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if own >= count:
+        raise UsageError(f"Every rank needs a GPU of its own: type --nproc-per-node {count}, or --device cpu.")
+    torch.cuda.set_device(own)
     return torch.device("cuda")
 
 
@@ -2337,6 +2357,8 @@ def check_args(args: Args) -> Args:
         raise UsageError("The network conv2d sees gray pictures: leave out --color rgb.")
     if args.network == "resnet3d" and (args.frame_stack or 0) < 5:
         raise UsageError(f"resnet3d needs 5 pictures or more, not {args.frame_stack}: type --frame-stack 5.")
+    if args.evaluate and ranks()[1] > 1:
+        raise UsageError("--evaluate needs one process: type python in the place of torchrun.")
     places = args.num_envs * ranks()[1]
     places = min(places, args.eval_episodes) if args.eval_interval else places
     if len(args.track) > places and not args.evaluate:

@@ -19,6 +19,7 @@ CarRacing-v3, untouched.
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import io
@@ -135,7 +136,8 @@ def join_ranks(device: torch.device) -> None:
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    patience = datetime.timedelta(days=1)  # while the first rank drives alone; torchrun sees who has died
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1541,7 +1543,10 @@ def pick_device(name: str) -> torch.device:
         raise UsageError("torch finds no CUDA device: type --device cpu, or install a CUDA build of torch.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if own >= count:
+        raise UsageError(f"Every rank needs a GPU of its own: type --nproc-per-node {count}, or --device cpu.")
+    torch.cuda.set_device(own)
     return torch.device("cuda")
 
 

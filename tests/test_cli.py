@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 import ppo_tuxkart
 
@@ -48,6 +48,19 @@ MISTAKES = {
 class Evil:
     def __reduce__(self):
         return print, ("executed",)
+
+
+def test_ranks_need_a_gpu_each_and_learn(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ppo_tuxkart.UsageError, match="type --nproc-per-node 1, or --device cpu"):
+        ppo_tuxkart.pick_device("auto")
+    monkeypatch.setattr(sys, "argv", ["ppo_tuxkart.py", "--evaluate", str(ROOT / "pretrained" / "scotland.pt")])
+    with pytest.raises(SystemExit) as stop:
+        ppo_tuxkart.main()
+    assert stop.value.code == 2 and "type python in the place of torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)

@@ -121,6 +121,8 @@ def test_a_game_that_is_lost_again_and_again_stops_the_run(env, why):
 
 def test_training_goes_on_when_a_game_is_killed(tmp_path):
     folder = tmp_path / "runs" / "hurt"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")  # all that is left of a run that was killed in its first iteration
     settings = [*SMALL, "--total-timesteps", 12 * 32, "--name", "hurt"]
     process, output, games = start_and_signal(SIGKILL, 3, folder, *settings, cwd=tmp_path, game=True)
     assert process.returncode == 0 and "Traceback" not in output, output
@@ -128,6 +130,24 @@ def test_training_goes_on_when_a_game_is_killed(tmp_path):
     assert [row["iteration"] for row in rows] == list(range(1, 13))
     assert rows[1]["charts/lost_games"] == 0 and rows[-1]["charts/lost_games"] == 1
     assert not alive(games)
+
+
+NEW_GAMES = """
+import os, signal, time, ppo_tuxkart
+games = ppo_tuxkart.Games([ppo_tuxkart.TuxKartEnv] * 2)
+time.sleep(1)
+for process in games.processes:
+    os.kill(process.pid, signal.SIGINT)
+print(*(process.pid for process in games.processes), games.get("num_karts"), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_games_that_were_not_used_yet_leave_ctrl_c_to_their_parent_and_die_with_it():
+    finished = subprocess.run([sys.executable, "-c", NEW_GAMES], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    *pids, karts = finished.stdout.split(maxsplit=2)
+    assert finished.returncode == -SIGKILL and not finished.stderr and karts.strip() == "[1, 1]"
+    assert not alive([int(pid) for pid in pids])
 
 
 def test_an_evaluation_race_whose_game_dies_is_raced_anew():
