@@ -2148,7 +2148,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             source = load_checkpoint(args.init_from)
             load_weights(agent, source, args.init_from, made_on)
             note_differences(source["made_on"], made_on)
-        unborn = (folder / "config.json").exists() and not (folder / "last.pt").exists()  # no iteration was saved
+        unborn = (folder / "config.json").exists() and not list(folder.glob("*.pt"))  # no iteration was saved
         if rank == 0 and folder.exists() and not unborn:
             raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
 
@@ -2158,7 +2158,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
         for group in sampler.groups:
             group.set("speed_cap", lesson["cap"])
         if checkpoint:
-            print("driving the games back to where they were, which takes minutes", flush=True)
+            print("driving the games back to where they were, which can take minutes", flush=True)
             sampler.restore(own["episodes"], own["memory"])
             torch.set_rng_state(own["rng"])
             if device.type == "cuda" and own["cuda_rng"] is not None:
