@@ -225,9 +225,10 @@ def race_tracks(assets: Path) -> dict[str, bool]:
 
 
 def gpu_renders() -> bool:
-    """Whether a GPU driver is there to draw the game; otherwise Mesa draws on the CPU."""
-    nodes = [*Path("/dev/dri").glob("renderD*"), *Path("/dev").glob("nvidiactl")]
-    return sys.platform != "linux" or any(os.access(node, os.R_OK | os.W_OK) for node in nodes)
+    """Whether Mesa has a GPU to draw with. NVIDIA's own driver does not count: it reads nothing that Mesa reads."""
+    nodes = [node for node in Path("/dev/dri").glob("renderD*") if os.access(node, os.R_OK | os.W_OK)]
+    drivers = {Path(f"/sys/class/drm/{node.name}/device/driver").resolve().name for node in nodes}
+    return sys.platform != "linux" or bool(drivers - {"nvidia"})
 
 
 def belong_to_parent() -> None:

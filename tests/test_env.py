@@ -7,7 +7,7 @@ import itertools
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import in_process
+from conftest import INSTALLED, in_process
 from gymnasium.utils.env_checker import check_env
 
 import ppo_tuxkart
@@ -96,12 +96,12 @@ def test_of_two_laps_the_faster_one_earns_more():
     assert progress_reward(Moment(0.0, 0.0, failed=True)) < 0 < progress_reward(Moment(0.0, 0.0, finished=True))
 
 
-def every_track(engine):
-    """On each race track, both ways: the geometry at the start, on the line, in the middle, and along an AI's drive."""
+def every_track(engine, nth):
+    """On each (nth) race track, both ways: the geometry at the start, the line, in the middle, and on an AI's drive."""
     assets, _ = ppo_tuxkart.find_assets(engine)
     reversible, findings = ppo_tuxkart.race_tracks(assets), {}
     env = TuxKartEnv(engine=engine, driver="ai", step_size=0.1)
-    for name, can_reverse in reversible.items():
+    for name, can_reverse in sorted(reversible.items())[::nth]:
         for reverse in [False, True] if can_reverse else [False]:
             env.track, env.reverse = name, reverse
             env.reset(seed=0)
@@ -121,7 +121,7 @@ def every_track(engine):
                     here = geometry.locate(point, here)[0]
                     jumps.append(abs(geometry.gain(here, place)))
             ours, engines = [], []
-            for _ in range(150):
+            for _ in range(100):
                 env.step([STRAIGHT, GAS, 0, 0])
                 ours.append(env._along)
                 engines.append(env._world.karts[0].distance_down_track % length)
@@ -141,15 +141,16 @@ def every_track(engine):
 
 
 def test_geometry_on_every_race_track(engine):
-    findings = in_process(every_track, engine)
-    assert len({name for name, _ in findings}) >= 15
+    nth = 1 if engine == INSTALLED[0] else 3  # the second engine has the same tracks
+    findings = in_process(every_track, engine, nth)
+    assert len({name for name, _ in findings}) >= 15 // nth
     assert any(reverse for _, reverse in findings)
     for (name, reverse), found in findings.items():
         where = f"{name}{' reversed' if reverse else ''}: {found}"
         assert found["middle_error"] < 0.01 and found["middle_offset"] < 0.01 and found["heading_error"] < 0.01, where
         assert found["start_distance"] < 40, where
         assert found["line_jump"] < 1 and found["edge_jump"] < 60, where
-        assert found["progress"] > 100, where  # 15 s of the AI's driving
+        assert found["progress"] > 60, where  # 10 s of the AI's driving
         assert found["engine_difference"] < 5, where
 
 

@@ -17,20 +17,20 @@ SMALL = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs",
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two minutes of learning: the working folder and the run's."""
+    """Some 10,000 decisions of learning: the working folder and the run's."""
     cwd = tmp_path_factory.mktemp("learning")
-    settings = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 16_384, "--learning-rate", 5e-4]
-    settings += ["--random-start", 0.2, "--eval-interval", 32, "--eval-episodes", 2, "--max-seconds", 60]
+    settings = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 10_240, "--learning-rate", 5e-4]
+    settings += ["--random-start", 0.2, "--eval-interval", 20, "--eval-episodes", 2, "--max-seconds", 60]
     settings += ["--seed", 2, "--name", "trained"]
     finished = run(*settings, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return cwd, cwd / "runs" / "trained"
 
 
-def test_two_minutes_of_learning_help(trained):
+def test_ten_thousand_decisions_of_learning_help(trained):
     rows = metrics(trained[1])
-    assert [row["iteration"] for row in rows] == list(range(1, 33))
-    returns, progress = ([row[f"charts/{key}"] for row in rows[5:]] for key in ("episodic_return", "progress"))
+    assert [row["iteration"] for row in rows] == list(range(1, 21))
+    returns, progress = ([row[f"charts/{key}"] for row in rows[2:]] for key in ("episodic_return", "progress"))
     assert np.mean(returns[-5:]) > np.mean(returns[:5]) + 1.0
     assert np.mean(progress[-5:]) > np.mean(progress[:5]) + 0.01
 
@@ -88,17 +88,15 @@ def test_several_tracks_are_learnt_and_raced(tmp_path):
     learnt = run(*SMALL, "--track", *tracks, *short, "--name", "two", cwd=tmp_path)
     assert learnt.returncode == 0, learnt.stderr
     assert metrics(tmp_path / "runs" / "two")[-1]["eval/progress"] < 0.5
-    races = ["--eval-episodes", 1, "--max-seconds", 25]  # too short for lighthouse
+    races = ["--eval-episodes", 1, "--max-seconds", 5]
     finished = run("--evaluate", tmp_path / "runs" / "two" / "best.pt", *races, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     rows = [words.split() for words in finished.stdout.splitlines()[-2:]]
     assert [row[0] for row in rows] == tracks
-    for track, row in zip(tracks, rows, strict=True):
+    for track in tracks:
         (written,) = (tmp_path / "runs").glob(f"best-{track}-*")
         result = json.loads((written / "evaluation.json").read_text())
-        assert result["track"] == [track] and result["ai"]["races"] == 1
-        assert (result["ai_median"] is None) == (track == "lighthouse")
-        assert track == "lighthouse" or row[-3] == f"{result['ai_median']:.2f}" and 17 < result["ai_median"] < 22
+        assert result["track"] == [track] and result["greedy"]["races"] == result["ai"]["races"] == 1
 
 
 def test_races_on_several_tracks_are_those_on_each():
