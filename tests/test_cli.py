@@ -17,6 +17,8 @@ MISTAKES = {
     "--reward": "type --track scotland --reward progress",
     "--actions deepracer --speeds 8 0": "type --speeds 8 16 24",
     "--actions deepracer --speeds 16 8": "the slowest first",
+    "--speeds 8 16": "type --actions deepracer as well",
+    "--target-kl -1": "--target-kl is -1.0",
     "--speed-curriculum 2": "type --speed-cap 8 as well",
     "--num-karts 21": "type a number from 1 to 20",
     "--epsilon 1.1": "type a number from 0 to 1",

@@ -131,6 +131,21 @@ def test_diagnostics():
     assert ppo_tuxkart.lap_correlation([(lap, lap) for lap in laps] + [(9.0, float("nan"))]) == pytest.approx(1)
     assert ppo_tuxkart.lap_correlation([(lap, lap) for lap in laps[:9]]) is None
     assert ppo_tuxkart.lap_correlation([(1.0, 50.0)] * 20) is None
+    noise = np.random.default_rng(0).standard_normal((2, 100))
+    assert ppo_tuxkart.lap_correlation(noise.T.tolist()) is None  # as chance has it
+    assert ppo_tuxkart.lap_correlation((noise[0] + 0.5 * noise).T.tolist()) > 0.2
+
+
+def test_a_track_that_is_never_finished_leaves_no_median():
+    rest = {"position": 1, "return": 0.0, "progress": 0.5, "off_track_seconds": 0.0, "end": ""}
+    race = [rest | {"track": track, "lap_time": lap, "finished": True} for track, lap in (("a", 20.0), ("b", 50.0))]
+    both, one = (
+        ppo_tuxkart.summarize(race * 2),
+        ppo_tuxkart.summarize(race[:1] * 2 + [race[1] | {"finished": False}] * 2),
+    )
+    assert both["median"] == both["best"] == 35.0 and one["median"] is None and one["lap_times"] == [20.0, 20.0]
+    rates = both | {"finished": 2}
+    assert ppo_tuxkart.score(rates) > ppo_tuxkart.score(one)  # as many races, on both
 
 
 def test_the_map_shows_the_road_and_where_it_ended():
