@@ -21,14 +21,15 @@ def test_weights_race_as_their_evaluation_says(weights, tmp_path):
     assert not any(str(value).startswith("/") for value in ppo_tuxkart.load_checkpoint(weights)["args"].values())
     if said["engine"] not in INSTALLED:
         pytest.skip(f"{said['engine']} is not installed")
-    races = ["--track", *said["track"], "--eval-episodes", 2, "--engine", said["engine"]]
+    count = 2 if weights.stem == "scotland" else 1
+    races = ["--track", *said["track"], "--eval-episodes", count, "--engine", said["engine"]]
     finished = run("--evaluate", weights, *races, cwd=tmp_path)
     assert finished.returncode == 0 and "Warning" not in finished.stderr, finished.stderr
     (file,) = (tmp_path / "runs").glob("*/evaluation.json")
     result = json.loads(file.read_text())
-    assert result["finished"] == 2 and said["finished"] == 20
-    assert result["lap_times"] == pytest.approx(said["lap_times"][:2], abs=2.0)  # another CPU rounds otherwise
-    assert result["ai_lap_times"] == pytest.approx(said["ai_lap_times"][:2], abs=0.02)
+    assert result["finished"] == count and said["finished"] == 20
+    assert result["lap_times"] == pytest.approx(said["lap_times"][:count], abs=2.0)  # another CPU rounds otherwise
+    assert result["ai_lap_times"] == pytest.approx(said["ai_lap_times"][:count], abs=0.02)
 
 
 def test_the_car_drives_as_its_evaluation_says(tmp_path):
