@@ -29,7 +29,7 @@ class Figures:
     lap: Path | None = None
     """a filmed lap of CarRacing"""
     results: Path = HERE / "results"
-    """folder with NAME.jsonl and NAME.config.json of each run, and scotland-seed*.evaluation.json"""
+    """folder with NAME.jsonl and NAME.config.json of each run, and pretrained-scotland.evaluation.json"""
     docs: Path = HERE.parents[1] / "docs"
     """folder for the pictures"""
 
@@ -57,9 +57,8 @@ def curves(settings):
         laps.plot(
             steps, column("eval/median_lap", races), "o-", color=line.get_color(), mfc="white", label="its sequel"
         )
-    evaluations = [json.loads(path.read_text()) for path in settings.results.glob("scotland-seed*.evaluation.json")]
-    if evaluations:
-        laps.axhline(evaluations[0]["ai_median"], color="gray", linestyle="--", label="the game's AI")
+    for path in settings.results.glob("pretrained-scotland.evaluation.json"):
+        laps.axhline(json.loads(path.read_text())["ai_median"], color="gray", linestyle="--", label="the game's AI")
     for path in sorted(settings.results.glob("explore-*.jsonl")):
         run, rows, column = load(path)
         if not run["init_from"]:
