@@ -1346,11 +1346,11 @@ def summarize(races: list[dict]) -> dict:
 
     The median and the best lap are the means of the tracks', and None unless every track was finished.
     """
-    laps = [float(race["lap_time"]) for race in races if race["finished"]]
     tracks: dict[str, list[float]] = {race["track"]: [] for race in races}
     for race in races:
-        tracks[race["track"]] += [float(race["lap_time"])] * race["finished"]
-    each = all(tracks.values())
+        if race["finished"]:
+            tracks[race["track"]].append(float(race["lap_time"]))
+    laps, each = [lap for times in tracks.values() for lap in times], all(tracks.values())
     return {
         "races": len(races),
         "finished": len(laps),
@@ -1448,7 +1448,7 @@ def evaluate_track(args: Args, agent: Agent, device: torch.device, iteration: in
     result |= {key: result["greedy"][key] for key in ("finished", "lap_times", "median", "off_track_seconds")}
     result |= {"ai_lap_times": result["ai"]["lap_times"], "ai_median": result["ai"]["median"]}
     result["ratio"] = result["median"] / result["ai_median"] if result["median"] and result["ai_median"] else None
-    both = zip(races["greedy"], races["ai"], strict=True)
+    both = zip(races["greedy"], races["ai"], strict=True)  # nan where the AI did not finish
     result["faster_than_ai"] = sum(one["finished"] and not one["lap_time"] >= ai["lap_time"] for one, ai in both)
     for name in drivers if args.num_karts > 1 else ():
         places = [race["position"] for race in races[name]]

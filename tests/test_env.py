@@ -270,22 +270,31 @@ def test_random_starts_are_all_over_the_track_and_face_along_it(engine):
 
 
 def races(engine, driver):
-    """Where five disturbed races begin, and when they do; the AI, which does not wait, gets its delay on the clock."""
+    """Where five disturbed races begin, and when they do; the AI, which does not wait, gets its delay on the clock.
+
+    And when three begin beside an opponent, with the seeds that their games have.
+    """
     env = TuxKartEnv(engine=engine, driver=driver)
-    rows = []
+    rows, beside = [], []
     for seed in range(5):
         env.reset(seed=seed, options={"race": True})
         rows.append([*env.location, env._heading(), env._world.time + env._handicap])
+    env.num_karts = 2
+    for seed in range(3):
+        env.reset(seed=seed, options={"race": True})
+        beside.append([env._world.time + env._handicap, env._race.config.seed])
     env.close()
-    return np.array(rows)
+    return np.array(rows), np.array(beside)
 
 
 def test_no_two_races_start_alike_and_the_ai_starts_like_the_agent(engine):
-    agent, ai = in_process(races, engine, "agent"), in_process(races, engine, "ai")
+    (agent, beside), (ai, _) = in_process(races, engine, "agent"), in_process(races, engine, "ai")
     np.testing.assert_allclose(agent, ai, atol=0.01)
     assert len(np.unique(agent.round(3), axis=0)) == 5
     assert np.ptp(agent[:, 0]) > 0.5 and np.ptp(agent[:, 3]) > np.radians(2)
+    assert np.ptp(agent[:, 4]) > 0.04  # late
     assert np.abs(agent[:, :3] - agent[:, :3].mean(0)).max() < 4
+    assert np.ptp(beside[:, 0]) == 0 and beside[:, 1].tolist() == [0, 1, 2]  # nobody waits for a kart that is late
 
 
 def ai_lap(engine):
@@ -328,7 +337,7 @@ def drive_on(engine, steps):
     env.reset(seed=4)
     play(env, generator, 200)
     snapshot = copy.deepcopy(env.snapshot)
-    position = np.array([env._world.time, *env.location])
+    position = np.array([env._world.time, *env.location, env._race.config.seed])
     pictures = play(env, generator, steps)
     env.close()
     return snapshot, position, pictures
@@ -338,7 +347,7 @@ def resume(engine, snapshot, steps):
     env, generator = TuxKartEnv(engine=engine, random_start=0.5), np.random.default_rng(0)
     generator.integers([5, 3, 2, 2], size=(220, 4))  # what was driven before
     env.snapshot = snapshot
-    position = np.array([env._world.time, *env.location])
+    position = np.array([env._world.time, *env.location, env._race.config.seed])
     pictures = play(env, generator, steps)
     env.close()
     return position, pictures

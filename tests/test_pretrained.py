@@ -30,6 +30,8 @@ def test_weights_race_as_their_evaluation_says(weights, tmp_path):
     assert result["finished"] == count and said["finished"] == 20
     assert result["lap_times"] == pytest.approx(said["lap_times"][:count], abs=2.0)  # another CPU rounds otherwise
     assert result["ai_lap_times"] == pytest.approx(said["ai_lap_times"][:count], abs=0.02)
+    pairs = zip(result["lap_times"], result["ai_lap_times"], strict=True)
+    assert result["faster_than_ai"] == sum(ours < theirs for ours, theirs in pairs) and "wins" not in result["greedy"]
 
 
 def test_the_car_drives_as_its_evaluation_says(tmp_path):

@@ -23,7 +23,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 CI = ["./install.sh", ".venv/bin/pip install -q -r tests/requirements.txt"]
 CI += [".venv/bin/pytest -q -n 2 --dist loadfile tests"]
-ELSEWHERE = re.findall(r"^\S+ ppo_tuxkart.py --evaluate pretrained/.*", TEXT, re.MULTILINE)  # in test_pretrained.py
+# in test_pretrained.py
+ELSEWHERE = re.findall(r"^\S+ ppo_tuxkart.py --evaluate pretrained/\w+\.pt$", TEXT, re.MULTILINE)
 
 RACES = ["--eval-episodes", 1, "--max-seconds", 5]
 LEARN = [*RACES, "--num-envs", 1, "--num-steps", 32, "--num-minibatches", 2, "--total-timesteps", 64]
