@@ -117,8 +117,8 @@ def main(settings):
         checkpoint = ppo_tuxkart.load_checkpoint(run / "last.pt" if options else settings.init_from)
         races, geometry = race(settings, checkpoint, name)
         summary = ppo_tuxkart.summarize(races)
-        kept = {"iteration", "charts/elapsed_seconds", "charts/finish_rate"} & last.keys()
-        table[name] = summary | style(geometry, races) | {key: last[key] for key in sorted(kept)}
+        kept = ("iteration", "charts/elapsed_seconds", "charts/finish_rate", "charts/return_lap_correlation")
+        table[name] = summary | style(geometry, races) | {key: last[key] for key in kept if key in last}
         maps[name] = ppo_tuxkart.draw_map(geometry, races, 400)
         lap = f"{summary['median']:.2f} s" if summary["finished"] else f"{summary['progress']:.0%} of the lap"
         print(f"{name}: {summary['finished']} of {summary['races']} finished, {lap}", flush=True)
