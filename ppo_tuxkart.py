@@ -146,11 +146,12 @@ def find_engine(engine: str = "auto") -> str:
     raise UsageError(f"The game's Python package {package} is not installed: type `{hint}`.")
 
 
-def find_assets(engine: str) -> tuple[Path, str]:
+def find_assets(engine: str, kart: str | None = None) -> tuple[Path, str]:
     """Folder that the engine reads its data from, and the assets' version: (Path, str).
 
     The engine's own assets where it brings some, else Debian's supertuxkart-data through a folder of links in the
-    user's cache. Raises UsageError where there are none.
+    user's cache; for pystk with one kart alone where that is named, since it loads all that there are, whoever races.
+    Raises UsageError where there are none.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     if engine == "pystk2":
@@ -160,7 +161,7 @@ def find_assets(engine: str) -> tuple[Path, str]:
         if (root / "__downloaded__.txt").exists() and not (root / "data" / "tracks").is_symlink():
             return root, "1.5"
     else:
-        root, marker = cache / "ppo_tuxkart" / "assets", "supertuxkart.git"
+        root, marker = cache / "ppo_tuxkart" / (f"assets-{kart}" if kart else "assets"), "supertuxkart.git"
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version("PySuperTuxKartData")
             return Path(importlib.import_module("pystk_data").data_dir), version
@@ -172,6 +173,9 @@ def find_assets(engine: str) -> tuple[Path, str]:
     links = {data / source.name: source for source in DEBIAN_ASSETS.iterdir() if source.name != "skins"}
     links |= {data / "skins" / source.name: source for source in (DEBIAN_ASSETS / "skins").iterdir()}
     links.setdefault(data / "skins" / "classic", DEBIAN_ASSETS / "skins" / "peach")  # the skin pystk2 asks for
+    if kart and engine == "pystk":
+        (data / "karts").mkdir(exist_ok=True)
+        links[data / "karts" / kart] = links.pop(data / "karts") / kart
     for link, source in links.items():
         with contextlib.suppress(FileExistsError):
             link.symlink_to(source)
@@ -208,8 +212,8 @@ def belong_to_parent() -> None:
             os._exit(1)
 
 
-def load_engine(engine: str) -> types.ModuleType:
-    """Imports the engine and prepares this process for it. Returns the module."""
+def load_engine(engine: str, kart: str | None) -> types.ModuleType:
+    """Imports the engine and prepares this process for it; kart: the only one that will race. Returns the module."""
     if not gpu_renders():
         # Mesa filters anisotropically in a loop on the CPU: single frames took up to 71 s. Its threads gain nothing.
         hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
@@ -220,7 +224,7 @@ def load_engine(engine: str) -> types.ModuleType:
         silence = os.open(os.devnull, os.O_WRONLY)  # the engine talks to file descriptors 1 and 2 from C++
         os.dup2(silence, 1)
         os.dup2(silence, 2)
-    assets, _ = find_assets(engine)
+    assets, _ = find_assets(engine, kart)
     if engine == "pystk":
         sys.modules["pystk_data"] = types.ModuleType("pystk_data")  # where pystk asks for its assets
         vars(sys.modules["pystk_data"])["data_dir"] = str(assets)
@@ -482,11 +486,12 @@ class TuxKartEnv(gym.Env):
         """Starts the engine, once in a process."""
         if TuxKartEnv._process_is_busy:
             raise RuntimeError("One game runs per process: close the other TuxKartEnv, or use AsyncVectorEnv.")
-        stk = load_engine(self.engine)
-        wanted = (stk, self.size, self.driver == "agent")
+        kart = self.kart if self.num_karts == 1 else None
+        stk = load_engine(self.engine, kart)
+        wanted = (stk, kart, self.size, self.driver == "agent")
         if TuxKartEnv._started != wanted:
             if TuxKartEnv._started:  # pystk2 often crashes on a second start
-                raise RuntimeError("A process keeps its first game: make this one as large, or in a new process.")
+                raise RuntimeError("A process keeps its first game: keep to its size and kart, or use a new process.")
             graphics = stk.GraphicsConfig.ld() if self.driver == "agent" else stk.GraphicsConfig.none()
             graphics.screen_width, graphics.screen_height = self.size
             stk.init(graphics)

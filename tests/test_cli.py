@@ -139,6 +139,9 @@ def test_assets_are_linked_once_and_again(monkeypatch, tmp_path):
         assert first == second and first[0].is_relative_to(tmp_path)
         assert (first[0] / "data" / "tracks" / "scotland" / "track.xml").exists()
         assert (first[0] / "data" / "skins" / "classic").exists()
+    alone, _ = ppo_tuxkart.find_assets("pystk", "konqi")
+    assert [path.name for path in (alone / "data" / "karts").iterdir()] == ["konqi"]
+    assert (alone / "data" / "karts" / "konqi" / "kart.xml").exists() and (alone / "data" / "textures").exists()
     assert {"scotland", "lighthouse", "zengarden", "olivermath"} <= ppo_tuxkart.race_tracks(first[0]).keys()
     assert not {"battleisland", "stadium", "introcutscene"} & ppo_tuxkart.race_tracks(first[0]).keys()
 

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import itertools
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -401,11 +402,27 @@ def test_software_rendering_hides_anisotropic_filtering(monkeypatch):
         monkeypatch.setattr(ppo_tuxkart, "gpu_renders", lambda gpu=gpu: gpu)
         environment = {}
         monkeypatch.setattr(ppo_tuxkart.os, "environ", environment)
-        monkeypatch.setattr(ppo_tuxkart, "find_assets", lambda engine: (ppo_tuxkart.Path("/"), ""))
+        monkeypatch.setattr(ppo_tuxkart, "find_assets", lambda *_: (ppo_tuxkart.Path("/"), ""))
         monkeypatch.setattr(ppo_tuxkart.importlib, "import_module", lambda name: ctypes)
-        ppo_tuxkart.load_engine("pystk2")
+        ppo_tuxkart.load_engine("pystk2", None)
         assert ("anisotropic" in environment.get("MESA_EXTENSION_OVERRIDE", "")) == (not gpu)
         assert environment.get("LP_NUM_THREADS") == (None if gpu else "0")
+
+
+def with_karts(every):
+    """Pictures and places of a drive, and the karts that the game has loaded."""
+    find = ppo_tuxkart.find_assets
+    ppo_tuxkart.find_assets = lambda engine, kart=None: find(engine, None if every else kart)
+    observations, _, _, positions = drive("pystk", [[1, GAS, 1, 0]] * 40)
+    return observations, positions, sys.modules["pystk"].list_karts()
+
+
+@pytest.mark.skipif("pystk" not in INSTALLED, reason="pystk2 loads every kart")
+def test_karts_that_do_not_race_are_not_loaded_and_make_no_difference():
+    (*alone, karts), (*among_all, all_karts) = in_process(with_karts, False), in_process(with_karts, True)
+    assert karts == ["tux"] and len(all_karts) > 10
+    for ours, theirs in zip(alone, among_all, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def to_the_line(engine):
