@@ -168,6 +168,8 @@ def find_assets(engine: str, kart: str | None = None) -> tuple[Path, str]:
     versions = [path.name.removeprefix("supertuxkart.") for path in DEBIAN_ASSETS.glob("supertuxkart.[0-9]*")]
     if not versions:
         raise UsageError("The game's assets are not installed: type `sudo apt-get install supertuxkart-data`.")
+    if kart and not (DEBIAN_ASSETS / "karts" / kart).is_dir():  # the game would drive tux, or crash with none
+        raise UsageError(f"There is no kart {kart}: give the name of a folder in {DEBIAN_ASSETS / 'karts'}.")
     data = root / "data"
     (data / "skins").mkdir(parents=True, exist_ok=True)
     links = {data / source.name: source for source in DEBIAN_ASSETS.iterdir() if source.name != "skins"}

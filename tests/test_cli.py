@@ -139,6 +139,8 @@ def test_assets_are_linked_once_and_again(monkeypatch, tmp_path):
         assert first == second and first[0].is_relative_to(tmp_path)
         assert (first[0] / "data" / "tracks" / "scotland" / "track.xml").exists()
         assert (first[0] / "data" / "skins" / "classic").exists()
+        with pytest.raises(ppo_tuxkart.UsageError, match="no kart nosuch: .*karts"):
+            ppo_tuxkart.find_assets(engine, "nosuch")
     alone, _ = ppo_tuxkart.find_assets("pystk", "konqi")
     assert [path.name for path in (alone / "data" / "karts").iterdir()] == ["konqi"]
     assert (alone / "data" / "karts" / "konqi" / "kart.xml").exists() and (alone / "data" / "textures").exists()
