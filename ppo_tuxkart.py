@@ -490,7 +490,7 @@ class TuxKartEnv(gym.Env):
             raise RuntimeError("One game runs per process: close the other TuxKartEnv, or use AsyncVectorEnv.")
         kart = self.kart if self.num_karts == 1 else None
         stk = load_engine(self.engine, kart)
-        wanted = (stk, kart, self.size, self.driver == "agent")
+        wanted = (stk, find_assets(self.engine, kart)[0], self.size, self.driver == "agent")
         if TuxKartEnv._started != wanted:
             if TuxKartEnv._started:  # pystk2 often crashes on a second start
                 raise RuntimeError("A process keeps its first game: keep to its size and kart, or use a new process.")
