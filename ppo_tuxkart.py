@@ -57,6 +57,7 @@ class Args:
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     resume: Path | None = None  # run folder to go on with as if never stopped; its settings are kept
     init_from: Path | None = None  # checkpoint to take the network's weights from, and nothing else
+    forget: tuple[str, ...] = ()  # what those weights shall choose evenly again, as at first: --forget pedal
     evaluate: Path | None = None  # checkpoint to race, greedy and sampled, beside the game's own AI; no learning
     eval_episodes: int = 20  # races per evaluation
     eval_seed: int = 1000  # seed of the first evaluation race; each race has its own disturbed start
@@ -1731,6 +1732,11 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             source = load_checkpoint(args.init_from)
             load_weights(agent, source, args.init_from, made_on)
             note_differences(source["made_on"], made_on)
+            for parameter in agent.policy.parameters():
+                rows = parameter.data.split(agent.nvec)
+                for name, part in zip(action_sizes(args.actions, args.speeds), rows, strict=True):
+                    if name in args.forget:  # a choice too unlikely to be tried is not learnt again
+                        part.zero_()
         unborn = (folder / "config.json").exists() and not list(folder.glob("*.pt"))  # no iteration was saved
         if rank == 0 and folder.exists() and not unborn:
             raise UsageError(f"{folder} exists already: type --resume {folder} to go on with it, or another --name.")
@@ -1915,6 +1921,12 @@ def check_args(args: Args) -> Args:
         raise UsageError("--speeds belong to one set of actions: type --actions deepracer as well.")
     if args.speed_curriculum and not (args.speed_cap and args.eval_interval):
         raise UsageError("--speed-curriculum needs a cap to begin with and evaluations: type --speed-cap 8 as well.")
+    choices = list(action_sizes(args.actions, args.speeds))
+    for name in args.forget:
+        if name not in choices:
+            raise UsageError(f"--actions {args.actions} has no {name} to forget: type one of {', '.join(choices)}.")
+    if args.forget and not (args.init_from or args.resume or args.evaluate):
+        raise UsageError("--forget needs weights that know something: type --init-from and a checkpoint as well.")
     if args.evaluate and ranks()[1] > 1:
         raise UsageError("--evaluate needs one process: type python in the place of torchrun.")
     places = args.num_envs * ranks()[1]

@@ -20,6 +20,8 @@ MISTAKES = {
     "--speeds 8 16": "type --actions deepracer as well",
     "--target-kl -1": "--target-kl is -1.0",
     "--speed-curriculum 2": "type --speed-cap 8 as well",
+    "--forget padel --init-from list.pt": "type one of steer, pedal, drift, nitro",
+    "--forget pedal": "type --init-from and a checkpoint as well",
     "--num-karts 21": "type a number from 1 to 20",
     "--epsilon 1.1": "type a number from 0 to 1",
     "--track scotlnd": "type --track scotland",

@@ -124,6 +124,13 @@ def test_weights_start_another_run(trained):
     after = torch.load(cwd / "runs" / "further" / "last.pt", weights_only=True)["agent"]
     distance = max((before[key] - after[key]).abs().max().item() for key in before)
     assert 0 < distance < 0.05
+    forgotten = ("--forget", "pedal", "--learning-rate", 0, "--name", "forgotten")
+    finished = run("--init-from", folder / "best.pt", *SMALL, "--total-timesteps", 32, *forgotten, cwd=cwd)
+    assert finished.returncode == 0, finished.stderr
+    after = torch.load(cwd / "runs" / "forgotten" / "last.pt", weights_only=True)["agent"]
+    for key in ("policy.weight", "policy.bias"):
+        before[key][5:8] = 0  # steering has 5 choices, the pedal 3
+    assert all(torch.equal(before[key], after[key]) for key in before)
     refused = run("--init-from", folder / "best.pt", "--frame-stack", 3, *SMALL, cwd=cwd)
     assert refused.returncode == 2 and "--frame-stack" in refused.stderr
     refused = run("--track", "scotland", "--name", "trained", cwd=cwd)
