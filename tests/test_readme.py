@@ -127,8 +127,9 @@ def test_tables_are_whole():
 
 # flags of other programs and of the measurements
 OTHERS = (
-    "kills checkpoint iterations seconds first-round frames episodes help logdir dist extra-index-url standalone "
-    "nproc-per-node max-restarts nnodes rdzv-backend rdzv-endpoint film lap peers folder names decisions picture out"
+    "kills checkpoint iterations seconds first-round frames episodes help logdir dist extra-index-url "
+    "standalone nproc-per-node max-restarts nnodes rdzv-backend rdzv-endpoint film lap peers folder names "
+    "rewards decisions picture out"
 )
 
 

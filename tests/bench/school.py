@@ -146,7 +146,7 @@ def main(settings):
             lap = f"{row['median']:.1f} s" if row["finished"] else f"{row['progress']:.0%} of the lap"
             axis.imshow(picture)
             axis.set_title(f"{title}\n{row['finished']} of {row['races']}, {lap}", fontsize=9)
-        figure.savefig(settings.picture, dpi=100)
+        figure.savefig(settings.picture, dpi=100, bbox_inches="tight")
     if settings.out:
         result = {"table": table, "settings": plain_settings(settings, ("folder", "picture", "out"))}
         settings.out.write_text(json.dumps(result, indent=1) + "\n")
