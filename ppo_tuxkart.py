@@ -215,8 +215,11 @@ def belong_to_parent() -> None:
             os._exit(1)
 
 
-def load_engine(engine: str, kart: str | None) -> types.ModuleType:
-    """Imports the engine and prepares this process for it; kart: the only one that will race. Returns the module."""
+def load_engine(engine: str, kart: str | None) -> tuple[types.ModuleType, Path]:
+    """Imports the engine and prepares this process for it; kart: the only one that will race.
+
+    Returns the module and the folder that it reads its data from.
+    """
     if not gpu_renders():
         # Mesa filters anisotropically in a loop on the CPU: single frames took up to 71 s. Its threads gain nothing.
         hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
@@ -231,7 +234,7 @@ def load_engine(engine: str, kart: str | None) -> types.ModuleType:
     if engine == "pystk":
         sys.modules["pystk_data"] = types.ModuleType("pystk_data")  # where pystk asks for its assets
         vars(sys.modules["pystk_data"])["data_dir"] = str(assets)
-    return importlib.import_module(engine)
+    return importlib.import_module(engine), assets
 
 
 class Controls(NamedTuple):
@@ -490,8 +493,8 @@ class TuxKartEnv(gym.Env):
         if TuxKartEnv._process_is_busy:
             raise RuntimeError("One game runs per process: close the other TuxKartEnv, or use AsyncVectorEnv.")
         kart = self.kart if self.num_karts == 1 else None
-        stk = load_engine(self.engine, kart)
-        wanted = (stk, find_assets(self.engine, kart)[0], self.size, self.driver == "agent")
+        stk, assets = load_engine(self.engine, kart)
+        wanted = (stk, assets, self.size, self.driver == "agent")
         if TuxKartEnv._started != wanted:
             if TuxKartEnv._started:  # pystk2 often crashes on a second start
                 raise RuntimeError("A process keeps its first game: keep to its size and kart, or use a new process.")

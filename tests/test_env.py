@@ -165,9 +165,9 @@ def contract(engine):
     env = gym.make("TuxKart-v0", engine=engine, frame_stack=3, kart=kart)  # a second environment in the process
     env.reset(seed=0)
     refused = []
-    for _ in range(2):
+    for settings in [{"width": 96}] * 2 + [{"kart": "gnu"}] * (engine == "pystk"):
         with pytest.raises(RuntimeError) as error:
-            TuxKartEnv(engine=engine, width=64 if engine == "pystk" else 96, kart="gnu").reset()
+            TuxKartEnv(engine=engine, **settings).reset()
         refused.append(str(error.value))
         env.close()
     return picture, refused
@@ -180,9 +180,10 @@ def wide(engine):
 
 
 def test_gymnasium_contract(engine):
-    picture, (while_one_runs, of_another_kind) = in_process(contract, engine)
+    picture, (while_one_runs, *of_another_kind) = in_process(contract, engine)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 10
-    assert "One game runs per process" in while_one_runs and "A process keeps its first game" in of_another_kind
+    assert "One game runs per process" in while_one_runs and len(of_another_kind) >= 1
+    assert all("A process keeps its first game" in refusal for refusal in of_another_kind)
     assert in_process(wide, engine) == ((9, 48, 96), True)
 
 
