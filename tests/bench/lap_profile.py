@@ -2,7 +2,8 @@
 
     python tests/bench/lap_profile.py runs/<name>/best.pt --out profile.json
 
-Races both on the evaluation's starts and prints the median seconds and speed of each stretch.
+Races both on the evaluation's starts and prints the median seconds of each stretch, and the speed and the place on the
+road at its end: metres to the right of the middle.
 """
 
 import dataclasses
@@ -27,12 +28,12 @@ class Profile:
 
 
 def by_stretch(geometry, trail, edges):
-    """Clock and speed at some distances from the first point on. trail: (T, 5) of clock, x, y, z, speed."""
-    along = np.zeros(len(trail))
+    """Clock, speed and offset at some distances from the first point on. trail: (T, 5) of clock, x, y, z, speed."""
+    along, offset = np.zeros((2, len(trail)))
     for i, point in enumerate(trail[:, 1:4]):
-        along[i] = geometry.locate(point, along[i - 1] if i else None)[0]
+        along[i], offset[i] = geometry.locate(point, along[i - 1] if i else None)[:2]
     progress = np.concatenate([[0.0], np.cumsum(geometry.gain(along[:-1], along[1:]))])
-    return np.interp(edges, progress, trail[:, 0]), np.interp(edges, progress, trail[:, 4])
+    return [np.interp(edges, progress, column) for column in (trail[:, 0], trail[:, 4], offset)]
 
 
 def main(settings):
@@ -56,16 +57,18 @@ def main(settings):
             games.close()
         edges = np.arange(0, geometry.length, settings.stretch)
         trails = [np.array(race["trail"]) for race in races if race["finished"]]
-        clocks, speeds = zip(*(by_stretch(geometry, trail, edges) for trail in trails), strict=True)
+        clocks, speeds, offsets = zip(*(by_stretch(geometry, trail, edges) for trail in trails), strict=True)
         result |= {"metres": edges.tolist(), driver: {"lap_times": [float(race["lap_time"]) for race in races]}}
         result[driver]["seconds"] = np.median(np.diff(clocks), 0).round(3).tolist()
         result[driver]["speed"] = np.median(speeds, 0).round(2).tolist()
-    print(f"{'metres':>12}{'agent':>10}{'AI':>10}{'lost':>8}{'speed at the end':>20}")
+        result[driver]["offset"] = np.median(offsets, 0).round(2).tolist()
+    print(f"{'metres':>12}{'agent':>10}{'AI':>10}{'lost':>8}{'speed at the end':>20}{'right of the middle':>22}")
     ours, theirs = result["agent"], result["ai"]
     for i, (mine, other) in enumerate(zip(ours["seconds"], theirs["seconds"], strict=True)):
         stretch = f"{edges[i]:.0f}-{edges[i + 1]:.0f}"
         ends = f"{ours['speed'][i + 1]:.1f}, {theirs['speed'][i + 1]:.1f} m/s"
-        print(f"{stretch:>12}{mine:>8.2f} s{other:>8.2f} s{mine - other:>+8.2f}{ends:>20}")
+        asides = f"{ours['offset'][i + 1]:+.1f}, {theirs['offset'][i + 1]:+.1f} m"
+        print(f"{stretch:>12}{mine:>8.2f} s{other:>8.2f} s{mine - other:>+8.2f}{ends:>20}{asides:>22}")
     if settings.out:
         settings.out.write_text(json.dumps(result, indent=1) + "\n")
 
