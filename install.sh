@@ -120,16 +120,58 @@ if [[ ${engines[0]} = pystk && $(version PySuperTuxKart) != "$pystk" ]]; then
     fi
 fi
 
+# --- The assets: links to Debian's, laid out as each engine looks for them
+
+debian=/usr/share/games/supertuxkart/data
+
+link_assets() { # FOLDER MARKER [KART]: with that kart alone, since the original engine loads all that there are
+    local file
+    mkdir -p "$1/data/skins"
+    for file in "$debian"/*; do
+        case "${file##*/}" in
+            skins) ln -sfn "$file"/* "$1/data/skins/" ;;
+            karts) [ -n "${3:-}" ] || ln -sfn "$file" "$1/data/" ;;
+            *) ln -sfn "$file" "$1/data/" ;;
+        esac
+    done
+    [ -z "${3:-}" ] || { mkdir -p "$1/data/karts" && ln -sfn "$debian/karts/$3" "$1/data/karts/"; }
+    [ -e "$1/data/skins/classic" ] || ln -s "$debian/skins/peach" "$1/data/skins/classic" # which pystk2 asks for
+    touch "$1/data/$2" "$1/__downloaded__.txt"
+}
+
+pystk2_assets=${XDG_CACHE_HOME:-$HOME/.cache}/PySuperTuxKart2/1.5
+if [ ! -e "$pystk2_assets/__downloaded__.txt" ] || [ -L "$pystk2_assets/data/tracks" ]; then # else its own are there
+    link_assets "$pystk2_assets" supertuxkart.1.5
+fi
+link_assets "$venv/share/supertuxkart" supertuxkart.git
+link_assets "$venv/share/supertuxkart-alone" supertuxkart.git tux
+cat >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pystk_data.py" <<'EOF'
+"""Where the original engine finds its data, as install.sh has laid it out: for a kart alone, or for all."""
+
+import os
+import sys
+
+
+def __getattr__(name: str) -> str:
+    if name != "data_dir":
+        raise AttributeError(name)
+    folder = "supertuxkart-alone" if os.environ.get("TUXKART_ALONE") else "supertuxkart"
+    return os.path.join(sys.prefix, "share", folder)
+EOF
+
 # --- Preflight: scotland with each engine, in a process of its own
 
 preflight() {
-    timeout 300 "$venv/bin/python" - "$1" <<'EOF'
-import ctypes, os, sys, time
-from ppo_tuxkart import TuxKartEnv, engine_version, find_assets, find_engine
+    SUPERTUXKART_SAVEDIR=$cache/preflight XDG_CONFIG_HOME=$cache/preflight \
+        timeout 300 "$venv/bin/python" - "$1" <<'EOF'
+import ctypes
+import os
+import sys
+import time
 
-engine = find_engine(sys.argv[1])
-_, assets = find_assets(engine)
-env = TuxKartEnv(track="scotland", engine=engine)
+from ppo_tuxkart import TuxKartEnv
+
+env = TuxKartEnv(track="scotland", engine=sys.argv[1], random_start=0.0)
 env.action_space.seed(0)
 env.reset(seed=0)
 get_string = ctypes.CDLL("libGL.so.1").glGetString
@@ -143,8 +185,9 @@ for _ in range(200):
     if terminated or truncated:
         env.reset()
 env.close()
-line = f"{engine} {engine_version(engine)}, assets {assets}, {renderer}, {200 / seconds:.0f} frames/s at 64x64\n"
-os.write(3, line.encode())
+found = env.versions
+line = f"{found['engine']} {found['engine_version']}, assets {found['assets']}, {renderer}, "
+os.write(3, f"{line}{200 / seconds:.0f} decisions/s at 64x64\n".encode())
 EOF
 }
 

@@ -1,88 +1,146 @@
-"""What the tests share: running a script as a user does, and running game code in a process of its own."""
+"""What the tests share: a script run as a user runs it, its TensorBoard files read back, a process for each game."""
 
 import contextlib
-import json
+import functools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+import traceback
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+HOME = tempfile.TemporaryDirectory(prefix="tuxkart-tests-")  # of the games: no test sees its user's settings
+os.environ.update(SUPERTUXKART_SAVEDIR=HOME.name, XDG_CONFIG_HOME=HOME.name, OMP_NUM_THREADS="1")
+os.environ["PYTHONPATH"] = str(ROOT)  # of the scripts that are started here
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 import ppo_tuxkart  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has its jobs, and theirs, ignore it
 
-INSTALLED = [engine for engine in ppo_tuxkart.ENGINES if ppo_tuxkart.engine_version(engine)]
+
+def installed(engine):
+    with contextlib.suppress(ppo_tuxkart.UsageError):
+        return ppo_tuxkart.find_game(engine)[0]["engine"] == engine
 
 
-@pytest.fixture(params=INSTALLED)
+INSTALLED = [engine for engine in ppo_tuxkart.ENGINES if installed(engine)]
+slow = pytest.mark.slow
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: for `pytest -m "slow or not slow"`, which runs everything')
+    config.addinivalue_line("norecursedirs", "bench")
+    config.addinivalue_line("norecursedirs", "shared")
+    named = any("::" in argument for argument in config.args)
+    if not config.option.markexpr and not named:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[slow] if i else []) for i, name in enumerate(INSTALLED)])
 def engine(request):
-    """Each engine that is installed."""
+    """Each engine that is installed; the second one is slow."""
     return request.param
 
 
-def in_process(function, *args):
-    """Result of a module-level function, run in a fresh process: one game runs per process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+def in_own_process(test):
+    """Runs a test in a process of its own, which is forked, since a process runs one game."""
+    context = multiprocessing.get_context("fork")
+
+    @functools.wraps(test)
+    def run_test(*args, **kwargs):
+        receiver, sender = context.Pipe(False)
+
+        def work():
+            try:
+                test(*args, **kwargs)
+                sender.send("")
+            except BaseException:
+                sender.send(traceback.format_exc())
+
+        process = context.Process(target=work)
+        process.start()
+        sender.close()
+        try:
+            assert receiver.poll(300), "no answer in 300 s"
+            with contextlib.suppress(EOFError):
+                failure = receiver.recv()
+                assert not failure, failure
+                return
+            pytest.fail("the process died")
+        finally:
+            process.kill()
+            process.join()
+
+    return run_test
 
 
-def command(script, *args):
+def command(script, *args, patch=""):
+    """The words that start a script. patch: Python that is run first, where `script` is its module."""
+    if patch:
+        code = f"import {script} as script\n{patch}\nscript.main()"
+        return [sys.executable, "-c", code, *map(str, args)]
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
 
 
-def run(*args, cwd, script="ppo_tuxkart", before=(), **settings):
-    """A finished run of a script: returncode, stdout, stderr. before: words in front of the command."""
+def run(*args, cwd, script="ppo_tuxkart", patch="", **settings):
+    """A finished run of a script: returncode, stdout, stderr."""
     settings = {"capture_output": True, "text": True, "timeout": 900} | settings
-    return subprocess.run([*before, *command(script, *args)], cwd=cwd, **settings)
+    return subprocess.run(command(script, *args, patch=patch), cwd=cwd, **settings)
 
 
-def metrics(folder):
-    """The rows of a run's metrics.jsonl without what a clock measured."""
-    clock = {"charts/SPS", "charts/sampling_SPS", "charts/elapsed_seconds", "charts/update_seconds"}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
+class Started:
+    """A script that was started and still runs; what it prints is in a file. As a context, it is killed at the end."""
 
+    def __init__(self, *args, cwd, script="ppo_tuxkart", patch=""):
+        self.file = cwd / "output.txt"
+        with open(self.file, "w") as output:
+            self.process = subprocess.Popen(
+                command(script, *args, patch=patch), cwd=cwd, stdout=output, stderr=output
+            )
 
-def start_and_signal(number, rows, folder, *args, cwd, game=False, script="ppo_tuxkart"):
-    """Starts a script, sends it (or one of its games) a signal once `rows` rows of metrics are written, and waits.
+    def __enter__(self):
+        return self
 
-    Returns the process, its output, and the ids of the game processes that it had.
-    """
-    process = subprocess.Popen(
-        command(script, *args), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    file = folder / "metrics.jsonl"
-    wait_for(lambda: lines_of(file) >= rows, process, 600)
-    started = children(process.pid)
-    os.kill(started[0] if game else process.pid, number)
-    output = process.communicate(timeout=60)[0]
-    return process, output, started
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
 
+    def output(self):
+        return self.file.read_text()
 
-def lines_of(file):
-    """How many lines a file has; none while there is no such file."""
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+    def decisions(self):
+        """How many decisions the progress bar says are done."""
+        return max(map(int, re.findall(r" (\d+)/\d+ \[", self.output())), default=0)
 
+    def wait_for(self, condition, seconds=300):
+        """Waits until something is so while the script runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
 
-def wait_for(condition, process, seconds=300):
-    """Waits until something is so while a process runs."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    def end(self, number=None, seconds=60):
+        """Sends a signal, if any, and waits. Returns the exit code and what was printed."""
+        if number:
+            os.kill(self.process.pid, number)
+        return self.process.wait(seconds), self.output()
+
+    def games(self):
+        """Ids of the processes that the script has started, by any of its threads, and that still run."""
+        return children(self.process.pid)
 
 
 def children(pid):
-    """Ids of the processes that a process has started, by any of its threads, and that still run."""
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread that has ended
@@ -94,7 +152,7 @@ def alive(pids):
     """Those of the processes that still run, after a moment of grace."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists() and is_running(pid)]
+        pids = [pid for pid in pids if is_running(pid)]
         if not pids:
             break
         time.sleep(0.1)
@@ -108,4 +166,14 @@ def is_running(pid):
         return False
 
 
-SIGKILL, SIGINT = signal.SIGKILL, signal.SIGINT
+CLOCK = {"charts/SPS", "charts/sampling_SPS", "charts/elapsed_seconds", "charts/update_seconds"}
+
+
+def metrics(folder):
+    """{step: {tag: value}}: a run's scalars as TensorBoard shows them, without what a clock measured."""
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    rows = {}
+    for tag in set(board.Tags()["scalars"]) - CLOCK:
+        for event in board.Scalars(tag):
+            rows.setdefault(event.step, {})[tag] = event.value
+    return dict(sorted(rows.items()))

@@ -1,5 +1,6 @@
-"""The algorithm against independent references; no game."""
+"""The algorithm against independent references, and the figures of races; no game."""
 
+import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,19 +11,27 @@ import torch
 from stable_baselines3 import PPO
 
 import ppo_tuxkart
+from ppo_tuxkart import (
+    UsageError,
+    choose_actions,
+    compute_gae,
+    evaluate_actions,
+    lap_correlation,
+    next_lesson,
+)
 
 
-def naive_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+def naive_gae(data, gamma, gae_lambda):
     """The double sum of eq. 16, episode by episode."""
-    advantages = np.zeros_like(rewards)
-    steps, envs = rewards.shape
+    advantages = np.zeros_like(data["rewards"])
+    steps, envs = advantages.shape
     for n in range(envs):
         for t in range(steps):
             for later in range(t, steps):
-                bootstrap = 0.0 if terminations[later, n] else next_values[later, n]
-                delta = rewards[later, n] + gamma * bootstrap - values[later, n]
+                bootstrap = 0.0 if data["terminations"][later, n] else data["next_values"][later, n]
+                delta = data["rewards"][later, n] + gamma * bootstrap - data["values"][later, n]
                 advantages[t, n] += (gamma * gae_lambda) ** (later - t) * delta
-                if dones[later, n]:
+                if data["dones"][later, n]:
                     break
     return advantages
 
@@ -30,36 +39,42 @@ def naive_gae(rewards, values, next_values, terminations, dones, gamma, gae_lamb
 @pytest.mark.parametrize("gamma, gae_lambda", [(0.99, 0.95), (0.9, 0.0), (1.0, 1.0)])
 def test_gae_is_the_naive_sum(gamma, gae_lambda):
     generator = np.random.default_rng(0)
-    rewards, values, next_values = generator.normal(size=(3, 40, 5))
-    terminations, truncations = generator.random((2, 40, 5)) < 0.1
-    dones = terminations | truncations
-    assert truncations.any() and (terminations & ~truncations).any()
-    arrays = rewards, values, next_values, terminations, dones
-    ours = ppo_tuxkart.compute_gae(*map(torch.from_numpy, arrays), gamma, gae_lambda)
-    np.testing.assert_allclose(ours.numpy(), naive_gae(*arrays, gamma, gae_lambda), atol=1e-12)
+    data = {name: generator.normal(size=(40, 5)) for name in ("rewards", "values", "next_values")}
+    data["terminations"], truncations = generator.random((2, 40, 5)) < 0.1
+    data["dones"] = data["terminations"] | truncations
+    assert truncations.any() and (data["terminations"] & ~truncations).any()
+    tensors = {name: torch.from_numpy(values) for name, values in data.items()}
+    ours = compute_gae(tensors, gamma, gae_lambda).numpy()
+    np.testing.assert_allclose(ours, naive_gae(data, gamma, gae_lambda), atol=1e-12)
 
 
 def test_actions_against_torch_distributions():
     torch.manual_seed(0)
     nvec = [5, 3, 2, 2]
     logits = 2 * torch.randn(50, sum(nvec))
-    actions = ppo_tuxkart.choose_actions(logits, nvec)
-    logprobs, entropy = ppo_tuxkart.evaluate_actions(logits, actions, nvec)
+    actions = choose_actions(logits, nvec)
+    logprobs, entropy = evaluate_actions(logits, actions, nvec, 0.0)
     parts = [torch.distributions.Categorical(logits=block) for block in logits.split(nvec, -1)]
     expected = sum(part.log_prob(action) for part, action in zip(parts, actions.unbind(-1), strict=True))
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
+    greedy = choose_actions(logits, nvec, greedy=True)
+    for part, action in zip(parts, greedy.unbind(-1), strict=True):
+        assert torch.equal(action, part.probs.argmax(-1))
 
 
-def test_sampled_actions_have_the_policys_frequencies():
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_the_mixture_with_epsilon_is_what_is_sampled(epsilon):
     torch.manual_seed(0)
-    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, 0.0]])
-    actions = ppo_tuxkart.choose_actions(logits.expand(20_000, -1), [3, 2])
-    for block, column in zip(logits[0].split([3, 2]), actions.unbind(-1), strict=True):
-        frequencies = column.bincount(minlength=len(block)) / len(actions)
-        torch.testing.assert_close(frequencies, block.softmax(-1), atol=0.015, rtol=0)  # 4 standard errors
-    greedy = ppo_tuxkart.choose_actions(logits, [3, 2], greedy=True)
-    assert greedy.tolist() == [[1, 0]]
+    logits, nvec, rows = torch.randn(1, 5), [3, 2], 60_000
+    actions = choose_actions(logits.expand(rows, -1), nvec, epsilon)
+    categorical = torch.outer(logits[0, :3].softmax(0), logits[0, 3:].softmax(0))
+    expected = (1 - epsilon) * categorical + epsilon / 6
+    counts = torch.zeros(3, 2).index_put_(tuple(actions.T), torch.ones(rows), accumulate=True)
+    torch.testing.assert_close(counts / rows, expected, atol=0.01, rtol=0)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(2))
+    logprobs, _ = evaluate_actions(logits.expand(6, -1), pairs, nvec, epsilon)
+    torch.testing.assert_close(logprobs.exp().view(3, 2), expected)
 
 
 class TinyEnv(gym.Env):
@@ -87,87 +102,164 @@ class SB3Network(torch.nn.Module):
         super().__init__()
         self.policy, self.nvec, self.epsilon = policy, nvec, 0.0
 
-    def forward(self, obs):
+    def forward(self, obs, state=None, starts=None):
         policy_features, value_features = self.policy.mlp_extractor(self.policy.extract_features(obs))
-        return self.policy.action_net(policy_features), self.policy.value_net(value_features).squeeze(-1)
+        return self.policy.action_net(policy_features), self.policy.value_net(value_features)[:, 0], state
 
 
-def updated_parameters(target_kl, clip_vloss):
-    """The parameters after one whole update of the same network on the same rollout: before, SB3's, ours."""
-    settings = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "learning_rate": 1e-2, "seed": 3, "device": "cpu"}
+def test_a_whole_update_is_that_of_stable_baselines3():
+    """The same network on the same rollout, in the same minibatches."""
+    settings = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "learning_rate": 1e-2, "seed": 3}
     settings |= {"clip_range": 0.2, "ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5}
-    settings |= {"gamma": 0.97, "gae_lambda": 0.9}
-    settings |= {"clip_range_vf": 0.2 if clip_vloss else None, "target_kl": target_kl and target_kl / 1.5}
-    reference = PPO("MlpPolicy", gym.vector.SyncVectorEnv([TinyEnv]).envs[0], **settings)
+    settings |= {"gamma": 0.97, "gae_lambda": 0.9, "device": "cpu"}
+    reference = PPO("MlpPolicy", TinyEnv(), **settings)
     reference.set_logger(mock.Mock())
     _, callback = reference._setup_learn(64)
     reference.collect_rollouts(reference.env, callback, reference.rollout_buffer, 64)
     rollout = reference.rollout_buffer
 
-    starts = torch.from_numpy(np.append(rollout.episode_starts[1:, 0], reference._last_episode_starts)).bool()[:, None]
+    starts = np.append(rollout.episode_starts[1:, 0], reference._last_episode_starts)
+    dones = torch.from_numpy(starts).bool()[:, None]
     values = torch.from_numpy(rollout.values)
     last = reference.policy.predict_values(torch.from_numpy(reference._last_obs)).detach()
-    next_values = torch.cat([values[1:], last])
-    rewards = torch.from_numpy(rollout.rewards)
-    advantages = ppo_tuxkart.compute_gae(rewards, values, next_values, starts, starts, 0.97, 0.9)
+    data = {"rewards": torch.from_numpy(rollout.rewards), "values": values, "terminations": dones}
+    data |= {"next_values": torch.cat([values[1:], last]), "dones": dones}
+    advantages = compute_gae(data, 0.97, 0.9)
     torch.testing.assert_close(advantages, torch.from_numpy(rollout.advantages), atol=1e-5, rtol=1e-5)
 
-    batch = {
-        "obs": torch.from_numpy(rollout.observations[:, 0]),
-        "actions": torch.from_numpy(rollout.actions[:, 0]).long(),
-        "logprobs": torch.from_numpy(rollout.log_probs[:, 0]),
-        "values": values[:, 0],
-        "advantages": advantages[:, 0],
-        "returns": (advantages + values)[:, 0],
-    }
-    network = SB3Network(PPO("MlpPolicy", reference.env, **settings).policy, [3, 2, 2])
+    batch = {"obs": torch.from_numpy(rollout.observations[:, 0]), "values": values[:, 0]}
+    batch["actions"] = torch.from_numpy(rollout.actions[:, 0]).long()
+    batch["logprobs"] = torch.from_numpy(rollout.log_probs[:, 0])
+    batch |= {"advantages": advantages[:, 0], "returns": (advantages + values)[:, 0]}
+    network = SB3Network(PPO("MlpPolicy", TinyEnv(), **settings).policy, [3, 2, 2])
     network.policy.load_state_dict(reference.policy.state_dict())
     before = [parameter.detach().clone() for parameter in network.policy.parameters()]
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, eps=1e-5)
-    # SB3's value loss has no factor 1/2, and its target_kl is exceeded at 1.5 times the value given
-    args = SimpleNamespace(epochs=3, num_minibatches=2, clip_coef=0.2, clip_vloss=clip_vloss, ent_coef=0.01)
-    args.vf_coef, args.max_grad_norm, args.target_kl = 1.0, 0.5, target_kl
+    # Stable-Baselines3's value loss has no factor 1/2, so ours gets twice the weight
+    args = SimpleNamespace(epochs=3, num_minibatches=2, clip_coef=0.2, ent_coef=0.01, vf_coef=1.0)
+    args.max_grad_norm, args.target_kl = 0.5, None
     with mock.patch("torch.randperm", torch.arange), mock.patch("numpy.random.permutation", np.arange):
         ppo_tuxkart.ppo_update(network, optimizer, batch, args)
         reference.train()
-    return before, list(reference.policy.parameters()), list(network.policy.parameters())
-
-
-@pytest.mark.parametrize("target_kl", [None, 0.02])
-def test_a_whole_update_is_that_of_stable_baselines3(target_kl):
-    before, theirs, ours = updated_parameters(target_kl, clip_vloss=False)
+    theirs, ours = reference.policy.parameters(), network.policy.parameters()
     for old, their, our in zip(before, theirs, ours, strict=True):
         torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(old, our, atol=1e-3)
 
 
-def test_target_kl_stops_an_update_early():
-    _, _, stopped = updated_parameters(0.02, clip_vloss=False)
-    _, _, whole = updated_parameters(None, clip_vloss=False)
-    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(stopped, whole, strict=True))
-
-
-def test_clipped_value_loss_takes_the_worse_of_both():
-    agent = lambda obs: (torch.zeros(2, 2), torch.tensor([1.0, 0.1]))  # noqa: E731
-    agent.nvec, agent.epsilon = [2], 0.0
-    batch = {"obs": None, "actions": torch.zeros(2, 1, dtype=torch.int64), "logprobs": torch.full((2,), 0.5).log()}
-    batch |= {"values": torch.zeros(2), "advantages": torch.tensor([1.0, -1.0]), "returns": torch.tensor([2.0, 0.0])}
-    _, scalars = ppo_tuxkart.ppo_loss(agent, batch, ppo_tuxkart.Args(clip_vloss=True))
-    # unclipped errors: 1 and 0.01; clipped to 0.2 and 0.1: 3.24 and 0.01
-    assert scalars["losses/value_loss"].item() == pytest.approx(0.5 * (3.24 + 0.01) / 2)
-
-
-def test_ratio_is_one_whatever_the_batch_that_the_network_sees():
-    """Sampling looks at few pictures at a time, learning at many: the same network must say the same."""
-    torch.manual_seed(0)
-    agent = ppo_tuxkart.Agent((6, 64, 64), [5, 3, 2, 2])
-    obs = torch.randint(0, 256, (256, 6, 64, 64), dtype=torch.uint8)
+def tiny_batch(size=32, pictures=(3, 36, 36)):
+    """A small network and what it sampled on random pictures, a few at a time, as `rollout` does."""
+    torch.manual_seed(1)
+    agent = ppo_tuxkart.Agent(pictures, [3, 2])
+    batch = {"obs": torch.randint(0, 256, (size, *pictures), dtype=torch.uint8)}
     with torch.no_grad():
-        logits = torch.cat([agent(part)[0] for part in obs.split(8)])
-        actions = ppo_tuxkart.choose_actions(logits, agent.nvec)
-        logprobs, _ = ppo_tuxkart.evaluate_actions(logits, actions, agent.nvec)
-        batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
-        batch |= {"values": torch.zeros(256), "advantages": torch.randn(256), "returns": torch.zeros(256)}
-        _, scalars = ppo_tuxkart.ppo_loss(agent, batch, ppo_tuxkart.Args())
-    assert scalars["losses/ratio_error"].item() < 1e-6
-    assert scalars["losses/clipfrac"].item() == 0
+        logits = torch.cat([agent(part)[0] for part in batch["obs"].split(8)])
+        batch["actions"] = choose_actions(logits, agent.nvec)
+        batch["logprobs"], _ = evaluate_actions(logits, batch["actions"], agent.nvec, 0.0)
+    batch |= {name: torch.randn(size) for name in ("values", "advantages", "returns")}
+    return agent, torch.optim.Adam(agent.parameters(), lr=1e-3), batch
+
+
+def test_the_ratio_is_one_whatever_the_batch_that_the_network_sees():
+    """Sampling looks at few pictures at a time, learning at many: the same network must say the same."""
+    agent, _, batch = tiny_batch(256, (6, 64, 64))
+    _, scalars = ppo_tuxkart.ppo_loss(agent, batch, ppo_tuxkart.Args())
+    assert scalars["losses/ratio_error"].item() < 1e-6 and scalars["losses/clipfrac"].item() == 0
+
+
+def test_target_kl_ends_the_passes():
+    for target, passes in ((1e-9, 1), (1e6, 4), (None, 4)):
+        agent, optimizer, batch = tiny_batch()
+        args = ppo_tuxkart.Args(epochs=4, num_minibatches=2, target_kl=target)
+        with mock.patch("torch.randperm", side_effect=torch.randperm) as shuffled:
+            ppo_tuxkart.ppo_update(agent, optimizer, batch, args)
+        assert shuffled.call_count == passes
+
+
+def test_ranks_take_the_step_of_the_mean_gradient(monkeypatch):
+    """Two ranks that have collected the same learn as one does."""
+    results = []
+    for ranks in (1, 2):
+        agent, optimizer, batch = tiny_batch()
+        if ranks == 2:
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+        ppo_tuxkart.ppo_update(agent, optimizer, batch, ppo_tuxkart.Args(target_kl=1.0))
+        results.append(agent.state_dict())
+    for name, weights in results[0].items():
+        torch.testing.assert_close(results[1][name], weights)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("advantages", math.inf), ("returns", math.inf), ("logprobs", math.nan)]
+)
+def test_a_loss_that_is_no_number_stops_before_it_is_learnt(name, value):
+    agent, optimizer, batch = tiny_batch()
+    before = {name: weights.clone() for name, weights in agent.state_dict().items()}
+    batch[name][3] = value
+    with pytest.raises(ppo_tuxkart.RunError, match="not a finite number"):
+        ppo_tuxkart.ppo_update(agent, optimizer, batch, ppo_tuxkart.Args(num_minibatches=1))
+    assert all(torch.equal(weights, before[name]) for name, weights in agent.state_dict().items())
+
+
+# --- The rest of the arithmetic
+
+
+def test_the_speed_curriculum():
+    agent = torch.nn.Linear(1, 1)
+    first, passed = agent.weight.item(), 7.0
+    lesson = {"cap": 8.0, "passed": None, "increment": 2.0}
+    assert next_lesson(lesson, False, agent) == lesson
+    torch.nn.init.constant_(agent.weight, passed)
+    lesson = next_lesson(lesson, True, agent)
+    assert (lesson["cap"], lesson["passed"], lesson["increment"]) == (10.0, 8.0, 2.0)
+    torch.nn.init.constant_(agent.weight, first)
+    lesson = next_lesson(lesson, False, agent)
+    assert (lesson["cap"], lesson["passed"], lesson["increment"]) == (9.0, 8.0, 1.0)
+    assert agent.weight.item() == passed  # what passed last learns on
+    for _ in range(5):
+        lesson = next_lesson(lesson, False, agent)
+    assert (lesson["cap"], lesson["increment"]) == (8.25, 0.25)
+
+
+def laps(pairs):
+    return [{"return": value, "lap_time": lap, "finished": lap == lap} for value, lap in pairs]
+
+
+def test_a_reward_that_prefers_slow_laps_is_noticed():
+    times = np.linspace(50, 60, 12)
+    assert lap_correlation(laps((-lap, lap) for lap in times)) == pytest.approx(-1)
+    assert lap_correlation(laps([*((lap, lap) for lap in times), (9.0, math.nan)])) == pytest.approx(1)
+    assert lap_correlation(laps((lap, lap) for lap in times[:9])) is None
+    assert lap_correlation(laps([(1.0, 50.0)] * 20)) is None
+    noise = np.random.default_rng(0).standard_normal((2, 100))
+    assert lap_correlation(laps(noise.T.tolist())) is None  # as chance has it
+    assert lap_correlation(laps((noise[0] + 0.5 * noise).T.tolist())) > 0.2
+
+
+def test_a_track_that_is_never_finished_leaves_no_median():
+    one = {"place": 1, "return": 0.0, "progress": 0.5, "off_track_seconds": 0.0, "end": "finished"}
+    first, second = one | {"track": "a", "lap_time": 20.0}, one | {"track": "b", "lap_time": 50.0}
+    both = ppo_tuxkart.summarize([race | {"finished": True} for race in (first, second, first, second)])
+    assert both["median"] == both["best"] == 35.0 and both["finished"] == both["races"] == both["wins"] == 4
+    lost = second | {"finished": False, "lap_time": math.nan, "end": "stuck"}
+    half = ppo_tuxkart.summarize([first | {"finished": True}, lost] * 2)
+    assert half["median"] is None and half["lap_times"] == [20.0, 20.0] and half["wins"] == 2
+    assert half["ends"] == {"finished": 2, "stuck": 2}
+
+
+def test_bounds_are_checked_wherever_settings_are_made():
+    for name, (least, most) in ppo_tuxkart.BOUNDS.items():
+        for value in (least - 1, most * 2):
+            with pytest.raises(UsageError, match=f"{name.replace('_', '-')} is .*type a number from"):
+                ppo_tuxkart.Args(**{name: value})
+    with pytest.raises(UsageError, match="width is 20: type a number from 36 to 2048"):
+        ppo_tuxkart.Game(width=20)
+
+
+def test_rewards_are_weighted_sums_by_name():
+    assert ppo_tuxkart.parse_reward(("progress", "zigzag:0.1")) == {"progress": 1.0, "zigzag": 0.1}
+    for part, hint in (("zigzg:1", "zigzag"), ("zigzag:much", "zigzag:0.5")):
+        with pytest.raises(UsageError, match=hint):
+            ppo_tuxkart.parse_reward((part,))

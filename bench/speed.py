@@ -1,0 +1,218 @@
+"""How fast scripts learn, side by side in one run, in turns.
+
+    python bench/speed.py ppo_tuxkart.py
+    python bench/speed.py /path/to/old/ppo_tuxkart.py ppo_tuxkart.py --rounds 3 --bare --profile --out speed.json
+
+Each script is started as its users start it, for a short training without evaluations, in an empty folder. The table
+gives medians over the rounds:
+
+    decisions/s       from the end of the first iteration to the end of the last one that counts, by the clock
+    of the first      that beside the first script's, the median of the rounds' own ratios
+    says              the median of charts/SPS in its TensorBoard files, or in its metrics.jsonl
+    sampling/s        decisions a second while it does not learn, that is outside of `ppo_update`
+    learning ms       of a decision's time
+    first decision s  from the command to the first decision
+    CPU ms            time of the learner's process, and of all that it started, for a decision
+    MB                memory of both, in an iteration after those that count; shared pages are counted once
+
+`--bare` adds game processes that do nothing but step, driven around the track by the game's own AI: with drawing, where
+each copies the picture as well, and without. `--profile` has each script train once more and shows where the learner's
+process spends an iteration; cProfile makes what calls much Python slower than it is.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import psutil
+import tyro
+
+
+@dataclasses.dataclass
+class Speed:
+    scripts: tyro.conf.Positional[tuple[Path, ...]]  # script files
+    rounds: int = 3  # turns of each
+    iterations: int = 3  # iterations that count, after one that warms up
+    num_envs: int = 16  # games
+    num_steps: int = 128  # decisions per game and iteration
+    track: str = "scotland"  # track to drive
+    engine: str = "auto"  # game bindings
+    init_from: Path | None = None  # checkpoint to begin with; an untrained kart's episodes are short
+    options: str = ""  # more flags for every script: --options="--num-karts 3"
+    bare: bool = False  # also measure games that only step
+    seconds: float = 10.0  # time for each measurement of those
+    profile: bool = False  # also profile an iteration of each script
+    out: Path | None = None  # JSON file to write
+
+
+def start(settings: Speed, script: Path, folder: Path, iterations: int, profile: Path | None) -> subprocess.Popen:
+    """Starts a training that notes in folder/log what it does; see watch.py."""
+    (folder / "hook").mkdir()
+    watcher = Path(__file__).with_name("watch.py")
+    hook = f"import runpy, sys\nif {str(script)!r} in sys.argv[:1]:\n    runpy.run_path({str(watcher)!r})\n"
+    (folder / "hook" / "sitecustomize.py").write_text(hook)  # Python runs it first
+    variables = common.home(folder) | {"PYTHONPATH": str(folder / "hook"), "WATCH_LOG": str(folder / "log")}
+    if profile:
+        variables["WATCH_PROFILE"] = str(profile)
+    total = iterations * settings.num_envs * settings.num_steps
+    sizes = common.flags(num_envs=settings.num_envs, num_steps=settings.num_steps, total_timesteps=total)
+    command = [sys.executable, str(script), "--name", "speed", "--eval-interval", "0", *sizes]
+    command += common.flags(track=settings.track, engine=settings.engine)
+    if settings.init_from:
+        command += ["--init-from", str(settings.init_from.resolve())]
+    command += shlex.split(settings.options)
+    with (folder / "said").open("w") as said:
+        return subprocess.Popen(command, cwd=folder, stdout=said, stderr=said, env=variables)
+
+
+def times(folder: Path, what: str) -> list[float]:
+    """When the script did something, in seconds since 1970."""
+    if not (folder / "log").exists():
+        return []
+    lines = (folder / "log").read_text().splitlines()
+    return [float(line.split()[1]) for line in lines if line.startswith(f"{what} ")]
+
+
+def wait_for_updates(process: subprocess.Popen, folder: Path, count: int) -> None:
+    """Waits until the script has learnt so many times."""
+    while len(times(folder, "learnt")) < count:
+        if process.poll() is not None:
+            sys.exit(f"The script ended too early:\n{(folder / 'said').read_text()[-3000:]}")
+        time.sleep(0.02)
+
+
+def play_turn(settings: Speed, script: Path) -> dict[str, float]:
+    """One training of a script. Returns its figures."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, started = Path(name), time.time()
+        process = start(settings, script, folder, settings.iterations + 2, None)
+        try:
+            wait_for_updates(process, folder, 1)
+            parties = {"learner": [psutil.Process(process.pid)], "games": common.descendants(process.pid)}
+            before = {party: common.cpu_seconds(those) for party, those in parties.items()}
+            wait_for_updates(process, folder, 1 + settings.iterations)
+            used = {party: common.cpu_seconds(those) - before[party] for party, those in parties.items()}
+            memory = {party: common.megabytes(those) for party, those in parties.items()}
+            process.wait()
+        finally:
+            common.end_all()
+        learnt, learning = times(folder, "learnt"), times(folder, "learning")
+        first_decision = times(folder, "decision")[0] - started
+        own = [rate for _, rate in common.read_curves(folder / "runs" / "speed")["charts/SPS"]]
+    decisions = settings.iterations * settings.num_envs * settings.num_steps
+    seconds = learnt[settings.iterations] - learnt[0]
+    spent = sum(learnt[i] - learning[i] for i in range(1, settings.iterations + 1))
+    return {
+        "decisions/s": decisions / seconds,
+        "says": statistics.median(own[1:-1]),
+        "sampling/s": decisions / (seconds - spent),
+        "learning ms": 1000 * spent / decisions,
+        "first decision s": first_decision,
+        **{f"{party} CPU ms": 1000 * time / decisions for party, time in used.items()},
+        **{f"{party} MB": size for party, size in memory.items()},
+    }
+
+
+def profile_iteration(settings: Speed, script: Path) -> dict[str, dict]:
+    """Where the learner's process spends an iteration."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = start(settings, script, folder, 3, folder / "profile")
+        try:
+            wait_for_updates(process, folder, 3)  # the profile was written after the second
+            return common.profile_table(str(folder / "profile"))
+        finally:
+            common.end_all()
+
+
+def bare_game(settings: Speed, drawing: bool, ready: Any, counts: Any) -> None:
+    """Steps one game for some seconds, in a process of its own. ready: a barrier; counts: a queue of steps."""
+    import ppo_tuxkart
+
+    versions, _ = ppo_tuxkart.find_game(settings.engine)
+    stk = ppo_tuxkart.import_engine(versions["engine"], alone=True)
+    game = ppo_tuxkart.Game()
+    graphics = stk.GraphicsConfig.ld() if drawing else stk.GraphicsConfig.none()
+    graphics.screen_width, graphics.screen_height = game.width, game.height
+    stk.init(graphics)
+    config = stk.RaceConfig()
+    config.track, config.laps, config.num_kart = settings.track, 100, 1
+    config.difficulty, config.step_size = game.difficulty, game.step_size
+    config.players[0].kart = "tux"
+    config.players[0].controller = stk.PlayerConfig.Controller.AI_CONTROL
+    race = stk.Race(config)
+    race.start()
+    race.step()
+    steps = 0
+    ready.wait()
+    started = time.perf_counter()
+    while time.perf_counter() - started < settings.seconds:
+        race.step()
+        if drawing:
+            np.array(race.render_data[0].image)
+        steps += 1
+    counts.put(steps)
+
+
+def play_bare(settings: Speed, drawing: bool) -> dict[str, float]:
+    """Decisions a second of games that only step, all together."""
+    context = multiprocessing.get_context("spawn")
+    ready, counts = context.Barrier(settings.num_envs), context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(common.home(folder))
+        games = [
+            context.Process(target=bare_game, args=(settings, drawing, ready, counts)) for _ in range(settings.num_envs)
+        ]
+        try:
+            for game in games:
+                game.start()
+            steps = sum(counts.get(timeout=300 + settings.seconds) for _ in games)
+        finally:
+            for game in games:
+                game.kill()
+                game.join()
+    return {"decisions/s": steps / settings.seconds}
+
+
+def main(settings: Speed) -> None:
+    scripts = {str(script): script.resolve() for script in settings.scripts}
+    for name, script in scripts.items():
+        if not script.is_file():
+            sys.exit(f"There is no script {name}: type the path of a ppo_tuxkart.py.")
+    bare = {"bare game": True, "bare, not drawn": False} if settings.bare else {}
+    common.adopt_orphans()
+    turns: dict[str, list[dict]] = {name: [] for name in [*scripts, *bare]}
+    for number, name in common.in_turns(list(turns), settings.rounds):
+        figures = play_turn(settings, scripts[name]) if name in scripts else play_bare(settings, bare[name])
+        turns[name].append(figures)
+        print(f"round {number + 1}, {name}: {figures['decisions/s']:.0f} decisions/s", flush=True)
+
+    table, first = {}, turns[next(iter(turns))]
+    for name, rows in turns.items():
+        pairs = zip(rows, first, strict=True)
+        ratio = statistics.median(row["decisions/s"] / beside["decisions/s"] for row, beside in pairs)
+        table[name] = {"of the first": ratio, **common.medians(rows)}
+    cores = len(os.sched_getaffinity(0))
+    print(f"\n{settings.num_envs} games, {cores} cores, medians of {settings.rounds} rounds")
+    common.print_table(table)
+    result: dict[str, Any] = {"table": table, "turns": turns, "profiles": {}}
+    common.write_json(settings.out, settings, result)
+    for name, script in scripts.items() if settings.profile else ():
+        result["profiles"][name] = profile_iteration(settings, script)
+        print(f"\nWhere the learner of {name} spends an iteration")
+        common.print_table(result["profiles"][name])
+        common.write_json(settings.out, settings, result)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Speed, description=__doc__))

@@ -1,0 +1,103 @@
+"""Prints how large everything is beside what it may be, and fails where something is larger.
+
+python tests/sizes.py
+"""
+
+import ast
+import dataclasses
+import importlib
+import io
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+# script: its lines, flags, definitions, and the line before which its network begins
+SCRIPTS = {
+    "ppo_tuxkart": (1000, 40, 60, 550),
+    "ppo_tuxkart_resnet": (1250, 50, None, None),
+    "worldmodel_carracing": (1050, 32, None, None),
+}
+
+
+def depth(node: ast.AST) -> int:
+    """Levels of nesting below a node; an elif is no level of its own, nor is a function in a function."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (*FUNCTIONS, ast.ClassDef, ast.Lambda)):
+            continue
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        level = isinstance(child, NESTING) and not is_elif
+        deepest = max(deepest, level + depth(child))
+    return deepest
+
+
+def flags(name: str) -> int:
+    """How many settings --help shows."""
+    fields = dataclasses.fields(importlib.import_module(name).Args)
+    return sum(not hasattr(field.type, "__metadata__") for field in fields)  # tyro.conf.Suppress leaves a mark
+
+
+def measure_script(name: str) -> dict[str, tuple[float, float]]:
+    """What is measured of a script: how large it is, and how large it may be."""
+    lines, most_flags, definitions, network = SCRIPTS[name]
+    text = (ROOT / f"{name}.py").read_text()
+    tree = list(ast.walk(ast.parse(text)))
+    rows = text.splitlines()
+    functions = [node for node in tree if isinstance(node, FUNCTIONS)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    depths = {node.name: depth(node) for node in functions}
+    longest, deepest = max(lengths.keys() - {"train"}, key=lengths.get), max(depths, key=depths.get)
+    classes = {node.name: node.lineno for node in tree if isinstance(node, ast.ClassDef)}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    found = {
+        "lines": (len(rows), lines),
+        "longest line": (max(map(len, rows)), 120),
+        "share of lines over 100": (sum(len(row) > 100 for row in rows) / len(rows), 0.05),
+        "flags": (flags(name), most_flags),
+        f"longest function, {longest}": (lengths[longest], 70),
+        "train": (lengths["train"], 109),
+        f"deepest nesting, {deepest}": (depths[deepest], 3),
+        "semicolons": (sum(token.string == ";" for token in tokens), 0),
+    }
+    if definitions:
+        found["definitions"] = (len(functions) + len(classes), definitions)
+    if network:
+        found["the network's first line"] = (classes["Agent"], network - 1)
+    return {f"{name}.py, {what}": numbers for what, numbers in found.items()}
+
+
+def measure() -> dict[str, tuple[float, float]]:
+    """What is measured of everything: how large it is, and how large it may be."""
+    found = {}
+    for name in SCRIPTS:
+        found.update(measure_script(name))
+    twins = ["diff", "ppo_tuxkart.py", "ppo_tuxkart_resnet.py"]
+    changes = subprocess.run(twins, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    found["changed lines between the twins"] = (sum(row[0] in "<>" for row in changes), 400)
+    readme = (ROOT / "README.md").read_bytes()
+    found["README.md, lines"] = (readme.count(b"\n"), 230)
+    found["README.md, bytes"] = (len(readme), 16 * 1024)
+    for folder, most in (("tests", 2200), ("bench", 1500)):
+        counts = [file.read_bytes().count(b"\n") for file in (ROOT / folder).glob("**/*.py")]
+        found[f"{folder}/*.py, lines"] = (sum(counts), most)
+    files = [file.stat().st_size for file in (ROOT / "bench" / "results").rglob("*") if file.is_file()]
+    found["bench/results, bytes"] = (sum(files), 3_000_000)
+    return found
+
+
+def main() -> None:
+    too_large = 0
+    for what, (size, most) in measure().items():
+        print(f"{what:60}{size:>12.5g} of {most:>9.7g}{'  TOO LARGE' * (size > most)}")
+        too_large += size > most
+    if too_large:
+        sys.exit(f"{too_large} are too large.")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
