@@ -1,25 +1,24 @@
 """World Models learns to drive Gymnasium's CarRacing-v3 from pixels.
 
-Ha & Schmidhuber 2018 (https://arxiv.org/abs/1803.10122): a variational autoencoder sees (V), a recurrent network with
-a mixture density output remembers and foretells (M), and a linear controller of 867 weights drives (C). C is found by
-CMA-ES (Hansen 2016, https://arxiv.org/abs/1604.00772), in M's dream first and then on real tracks. All of this is
-repeated in rounds, and from the second on, V and M see C's own driving.
+Ha & Schmidhuber 2018 (https://arxiv.org/abs/1803.10122): a variational autoencoder sees (V), a recurrent network
+with a mixture density output remembers and foretells (M), and a linear controller of 867 weights drives (C), found
+by CMA-ES (Hansen 2016, https://arxiv.org/abs/1604.00772), in M's dream first and then on real tracks. This is
+repeated in rounds: from the second on, V and M see C's own driving.
 
     python worldmodel_carracing.py                              # all of it; lands in runs/<name>/
-    python worldmodel_carracing.py --quick                      # the same in minutes, to see it work
+    python worldmodel_carracing.py --quick                      # the same in minutes
     python worldmodel_carracing.py --resume runs/<name>         # go on as if never stopped
     python worldmodel_carracing.py --evaluate runs/<name>/best.pt
     python worldmodel_carracing.py --dream runs/<name>/best.pt  # a film of the dream beside reality
 
-On two cores the first takes about 100 minutes for a score of 870, the second six for 570; more cores drive more.
-Pictures are drawn by FastCarRacing, over Gymnasium's own tracks and physics; scores are played in Gymnasium's own
-CarRacing-v3, untouched.
+On two cores the first takes about 100 minutes for a score of 870, the second six for 570.
+Pictures are drawn by FastCarRacing, over Gymnasium's own tracks and physics; scores are played in
+Gymnasium's own CarRacing-v3, untouched.
 """
 
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -33,7 +32,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 if multiprocessing.parent_process():  # this is a driving process; Ctrl-C is the main process's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -51,7 +50,7 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# --- Settings ---------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 
 class UsageError(ValueError):
@@ -66,8 +65,8 @@ BOUNDS = {  # the least and the most that may be typed, and for what
     (0, 70): "seed",
     (0, 900_000): "eval_seed",  # beyond are the tracks to learn on
     (1, 10): "action_repeat",
-    (1, 100_000): "rounds eval_episodes eval_interval workers tracks generations validation_tracks",
-    (1, 10_000): "dream_starts dream_steps",
+    (1, 100_000): "rounds eval_episodes eval_interval workers tracks generations validation_tracks "
+    "dream_starts dream_steps",
     (4, 10_000): "population",
     (60, 1000): "max_frames",
     (100, 10**9): "collect_frames",
@@ -90,7 +89,7 @@ class Args:
     evaluate: Path | None = None  # checkpoint to drive in Gymnasium's own CarRacing-v3; no learning
     dream: Path | None = None  # checkpoint to film dreaming beside reality; no learning
     quick: bool = False  # settings for a run of minutes, where you type no others
-    stages: tuple[Stage, ...] = ("collect", "vision", "memory", "dream", "real", "evaluate")  # to run
+    stages: tuple[Stage, ...] = get_args(Stage)  # stages to run now
     rounds: int = 4  # times through the stages; C is searched on real tracks in the last
     eval_episodes: int = 100  # tracks per evaluation
     eval_seed: int = 1000  # seed of the first evaluation track; the others follow
@@ -107,7 +106,7 @@ class Args:
     memory_lr: float = 1e-3  # Adam's step size for M, as with V
 
     # C
-    controller_input: Literal["zh", "z"] = "zh"  # C sees V's latents and M's hidden state, or the first
+    controller_input: Literal["zh", "z"] = "zh"  # what C sees: V's latents with M's state, or alone
     population: int = 128  # candidates of a generation
     tracks: int = 4  # tracks that every candidate of a generation drives, the same for all
     generations: int = 1000  # generations on real tracks in the last round, at most
@@ -154,7 +153,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", gpu)
 
 
-# --- The environment: Gymnasium's physics and tracks, drawn straight at the size that V sees ---------
+# --- The environment: Gymnasium's physics and tracks, drawn straight at the size that V sees ------
 
 SIZE = 64  # pixels of V's picture
 ROWS = 84  # rows of Gymnasium's 96 x 96 picture above its indicators
@@ -166,14 +165,14 @@ SCALE = MAP / 2 / car_racing.PLAYFIELD  # its pixels a metre
 NAMES = "black #66cc66 #66e666 #666666 #686868 #6b6b6b white red #cc0000"
 COLOURS: list = [ImageColor.getrgb(name) for name in NAMES.split()]
 BLACK, LAWN, SQUARES, ROAD, CAR = 0, 1, 2, 3, 8  # places in it
-# the car's parts in metres, a little smaller than they are, since what Pillow draws includes a border
-X, Y = 0.7 * car_dynamics.SIZE * car_dynamics.WHEEL_W, 0.7 * car_dynamics.SIZE * car_dynamics.WHEEL_R
+METRE = car_dynamics.SIZE  # of the car's parts, a bit smaller since what Pillow draws has a border
+X, Y = 0.7 * METRE * car_dynamics.WHEEL_W, 0.7 * METRE * car_dynamics.WHEEL_R
 WHEEL = [(-X, Y), (X, Y), (X, -Y), (-X, -Y)]
-HULL = [np.array(getattr(car_dynamics, f"HULL_POLY{i}")) * car_dynamics.SIZE * 0.9 for i in (1, 2, 3, 4)]
+HULL = [np.array(getattr(car_dynamics, f"HULL_POLY{i}")) * 0.9 * METRE for i in (1, 2, 3, 4)]
 
 
 def shrink(picture: np.ndarray) -> np.ndarray:
-    """Gymnasium's picture, uint8 (96, 96, 3), as V sees it: without indicators, averaged to (64, 64, 3)."""
+    """Gymnasium's picture, uint8 (96, 96, 3), as V sees it: no indicators, (64, 64, 3)."""
     pixels = torch.from_numpy(picture[:ROWS]).permute(2, 0, 1).float()
     lines = F.avg_pool2d(pixels.repeat_interleave(16, 1), (21, 1))  # 84 * 16 is 64 * 21
     columns = F.avg_pool2d(lines.repeat_interleave(2, 2), (1, 3))  # 96 * 2 is 64 * 3
@@ -188,10 +187,9 @@ def on_map(polygon: Any) -> list[float]:
 class FastCarRacing(car_racing.CarRacing):
     """Gymnasium's CarRacing, whose observation is drawn at once as V sees it: uint8 (64, 64, 3).
 
-    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is taken anew, many times faster,
-    from a map drawn once a track, and within a mean of 1 level of 255 of `shrink` of Gymnasium's (a test holds it).
-    `reset(options={"place": x})` starts at the share x of the track instead of on the start line. While `blind` is
-    set, nothing is drawn: nobody sees the frames between two actions.
+    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is taken anew, many
+    times faster, from a map drawn once a track, within a mean of 1 level of 255 of `shrink` of Gymnasium's.
+    `reset(options={"place": x})` starts at the share x of the track. While `blind`, nothing is drawn.
     """
 
     place, blind = 0.0, False
@@ -254,7 +252,7 @@ def gymnasium_car_racing() -> gym.Env:
     return gym.wrappers.TransformObservation(gym.make("CarRacing-v3"), shrink, space)
 
 
-# --- V, M and C --------------------------------------------------------------------------------------
+# --- V, M and C -----------------------------------------------------------------------------------
 
 LATENTS, HIDDEN, MIXTURES = 32, 256, 5
 KL_FLOOR = 0.5 * LATENTS  # nats of a picture; less information than this is not rewarded
@@ -282,17 +280,12 @@ class Vision(nn.Module):
 
     def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, both (N, 32), of pictures uint8 (N, 64, 64, 3)."""
-        features = self.encoder(to_floats(pictures))
+        features = self.encoder(pictures.permute(0, 3, 1, 2).float() / 255)  # channels_last
         return self.mu(features), self.logvar(features)
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures float (N, 3, 64, 64) in [0, 1] of latents (N, 32)."""
         return self.decoder(self.widen(z)[:, :, None, None])
-
-
-def to_floats(pictures: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) as float (N, 3, H, W) in [0, 1]; in memory it stays channels_last."""
-    return pictures.permute(0, 3, 1, 2).float() / 255
 
 
 def to_pictures(decoded: Tensor) -> np.ndarray:
@@ -301,33 +294,32 @@ def to_pictures(decoded: Tensor) -> np.ndarray:
 
 
 def vision_loss(decoded: Tensor, pictures: Tensor, mu: Tensor, logvar: Tensor) -> tuple:
-    """Summed squared error plus KL divergence to a unit Gaussian with a floor (Kingma & Welling 2014, appendix B).
-
-    decoded, pictures: (N, 3, H, W) in [0, 1]; mu, logvar: (N, 32). Returns loss, error, KL, means over N.
-    """
-    error = (decoded - pictures).square().sum((1, 2, 3))
+    """Summed squared error plus KL divergence to a unit Gaussian (Kingma & Welling 2014, appendix B) with
+    a floor. decoded: (N, 3, H, W) in [0, 1]; pictures: uint8 (N, H, W, 3); mu, logvar: (N, 32). Returns loss,
+    error and KL, means over N."""
+    error = (decoded - pictures.permute(0, 3, 1, 2) / 255).square().sum((1, 2, 3))
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
     return (error + kl.clamp(min=KL_FLOOR)).mean(), error.mean(), kl.mean()
 
 
 class Memory(nn.Module):
-    """M, the paper's LSTM with a mixture density output: 422,368 parameters, and a head for reward and end added."""
+    """M, the paper's LSTM with a mixture density output: 422,368 parameters; with a head for outcomes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(LATENTS + 3, HIDDEN)
-        self.lstm.get_parameter("bias_hh_l0").requires_grad_(False).zero_()  # the paper's has one bias
+        self.lstm.get_parameter("bias_hh_l0").requires_grad_(False).zero_()  # one bias is enough
         self.mixture = nn.Linear(HIDDEN, 3 * MIXTURES * LATENTS)
         self.outcome = nn.Linear(HIDDEN, 2)
 
     def forward(self, z: Tensor, actions: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """z: (T, N, 32); actions: (T, N, 3); state: a pair of (1, N, 256), or zeros. Returns the hidden states
-        (T, N, 256) that have seen them, and the state after the last."""
+        """Hidden states (T, N, 256) that have seen z (T, N, 32) and actions (T, N, 3), and the state after
+        the last; state: a pair of (1, N, 256), or zeros."""
         return self.lstm(torch.cat([z, actions], -1), state)
 
     def foretell(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Log weights, means and log standard deviations (..., 32, 5) of the next latents; reward and logit of the
-        episode's end (...)."""
+        """Log weights, means and log standard deviations (..., 32, 5) of the next latents; reward and logit
+        of the episode's end (...)."""
         mixture = self.mixture(hidden).unflatten(-1, (3, LATENTS, MIXTURES))
         logits, mu, log_sigma = mixture.unbind(-3)
         reward, end = self.outcome(hidden).unbind(-1)
@@ -335,21 +327,17 @@ class Memory(nn.Module):
 
 
 def mixture_nll(z: Tensor, log_pi: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
-    """Negative log likelihood of latents under a mixture of Gaussians for each of them (Bishop 1994, eq. 29).
-
-    z: (..., 32); the others (..., 32, 5). Returns (...), in nats, summed over the 32.
-    """
+    """Negative log likelihood (...) in nats, summed over the 32, of latents under a mixture of Gaussians
+    for each (Bishop 1994, eq. 29). z: (..., 32); the others (..., 32, 5)."""
     error = (z[..., None] - mu) * torch.exp(-log_sigma)
     log_prob = -0.5 * error.square() - log_sigma - 0.5 * math.log(2 * math.pi)
     return -torch.logsumexp(log_pi + log_prob, -1).sum(-1)
 
 
 def memory_loss(memory: Memory, z: Tensor, targets: Tensor, rows: Tensor, lengths: Tensor) -> tuple:
-    """M's loss over episodes padded to the longest, and its parts: NLL a latent, reward's and end's error.
-
-    z, targets: (T, N, 32), two samples of the same latents; rows: (T, N, 9), see COLUMNS; lengths: (N,). All are
-    means over the real frames. Frame t foretells the latents of t + 1: an episode's last has none to foretell.
-    """
+    """M's loss over episodes padded to the longest, NLL a latent, the reward's and the end's error: means
+    over the real frames. z, targets: (T, N, 32), two samples of the same latents; rows: (T, N, 9), see
+    COLUMNS; lengths: (N,). Frame t foretells the latents of t + 1: an episode's last has none to foretell."""
     frames = torch.arange(len(z), device=z.device)[:, None]
     real, followed = frames < lengths, frames < lengths - 1
     log_pi, mu, log_sigma, reward, end = memory.foretell(memory(z, rows[..., :3])[0])
@@ -361,8 +349,8 @@ def memory_loss(memory: Memory, z: Tensor, targets: Tensor, rows: Tensor, length
 
 
 class Agent(nn.Module):
-    """V, M and C, and how many frames an action lasts. C is linear: (3, 289) for its 288 inputs and a bias, or (3, 33)
-    where it sees z alone. A C of zeros is one that nobody has searched for yet."""
+    """V, M and C, and how many frames an action lasts. C is linear: (3, 289) for 288 inputs and a bias,
+    or (3, 33) where it sees z alone."""
 
     controller: Tensor
 
@@ -373,19 +361,16 @@ class Agent(nn.Module):
         self.register_buffer("controller", torch.zeros(3, inputs + 1))
 
 
-def wanted_actions(z: Tensor, hidden: Tensor, controllers: Tensor) -> Tensor:
-    """What C asks for, before it is squashed: (N, 3). z: (N, 32); hidden: (N, 256); controllers: (N, 3, I)."""
+def act(z: Tensor, hidden: Tensor, controllers: Tensor) -> tuple[Tensor, Tensor]:
+    """C's wishes and actions, both (N, 3), by z (N, 32), hidden (N, 256); controllers (N, 3, I).
+    An action is tanh of the wish: steering as it is, gas from [-1, 1], brake from [0, 1]."""
     inputs = torch.cat([z, hidden], -1)[:, : controllers.shape[-1] - 1]
-    return (controllers[..., :-1] @ inputs[..., None])[..., 0] + controllers[..., -1]
+    wishes = (controllers[..., :-1] @ inputs[..., None])[..., 0] + controllers[..., -1]
+    steer, gas, brake = wishes.tanh().unbind(-1)
+    return wishes, torch.stack([steer, (gas + 1) / 2, brake.clamp(0, 1)], -1)
 
 
-def squash(wanted: Tensor) -> Tensor:
-    """CarRacing's actions (..., 3) of C's: tanh, then steering as it is, gas from [-1, 1], brake from [0, 1]."""
-    steer, gas, brake = wanted.tanh().unbind(-1)
-    return torch.stack([steer, (gas + 1) / 2, brake.clamp(0, 1)], -1)
-
-
-# --- Driving: batches of environments in every process of a pool ---------------------------------------
+# --- Driving: batches of environments in every process of a pool ----------------------------------
 
 SLOTS = 16  # environments of a process, seen by V in one batch
 PATIENCE, GRACE = 20, 50  # frames without reward that make a rollout hopeless, but for the first
@@ -393,9 +378,9 @@ COLUMNS = 9  # of a row: action (3), reward, first of its episode, terminated af
 
 
 class Rollout:
-    """A job on its way in an environment. A job is a dict: `seed` (of the track), `controller` (its row), `limit`
-    (frames), and optionally `place` (where to start), `noise` (seed, kind), `abort` (end it where it is hopeless) and
-    `film` (return the pictures)."""
+    """A job on its way in an environment. A job is a dict: `seed` (of the track), `controller` (its row),
+    `limit` (frames), and optionally `place` (where to start), `noise` (seed, kind), `abort` (end it where it
+    is hopeless) and `film` (return the pictures)."""
 
     def __init__(self, index: int, env: Any, job: dict) -> None:
         self.index, self.env, self.job, self.over = index, env, job, False
@@ -405,9 +390,8 @@ class Rollout:
         self.result: dict = {"return": 0.0, "frames": 0, "rows": [], "pictures": []}
 
     def disturb(self, own: np.ndarray) -> np.ndarray:
-        """An action (3,) to collect frames with: random driving (kind 0), correlated in time, so that the car gets
-        somewhere; C's own, disturbed steadily (1), or thrown off for a third of a second now and then, to see how it
-        finds back (2), or undisturbed (3)."""
+        """An action (3,) to collect frames with: random driving (kind 0), correlated in time, to get somewhere;
+        C's own, disturbed steadily (1), thrown off now and then, to see how it finds back (2), or as is (3)."""
         self.noise = 0.95 * self.noise + math.sqrt(1 - 0.95**2) * self.rng.standard_normal(3)
         kind, thrown_off = self.job["noise"][1], self.result["frames"] % 90 < 16
         if kind == 0:
@@ -419,11 +403,8 @@ class Rollout:
         return np.clip(own, (-1, 0, 0), (1, 1, 1)).astype(np.float32)
 
     def play(self, action: np.ndarray, wish: np.ndarray, repeat: int) -> None:
-        """Plays an action (3,) for `repeat` frames; wish: (3,), the same before it was squashed.
-
-        A hopeless rollout is charged 0.1 for every frame that it did not drive, as if it had stood still until the
-        limit: without that, giving up early would pay. A car that would have found back is still scored too low.
-        """
+        """Plays an action (3,) for `repeat` frames; wish: (3,), C's. A hopeless rollout is charged for every
+        frame that it did not drive, as if it had stood still until the limit: else giving up would pay."""
         result, limit, before, earned = self.result, self.job["limit"], self.obs, 0.0
         frame = result["frames"]
         end, terminated, truncated = min(frame + repeat, limit), False, False
@@ -442,20 +423,20 @@ class Rollout:
         self.over = terminated or truncated or hopeless or frame == limit
         if self.over:
             result["finished"] = bool(info.get("lap_finished", False))
-            result |= {name: np.array(result[name]) for name in ("rows", "pictures")}
+            result["rows"] = np.array(result["rows"], np.float32)
+            result["pictures"] = np.array(result["pictures"])
 
 
 @torch.no_grad()
 def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> list[dict]:
-    """Plays jobs (see Rollout), several at a time: a slot takes the next one as soon as its episode ends.
+    """Plays jobs (see Rollout), several at a time: a slot takes the next when its episode ends.
+    controllers: (P, 3, I). Returns a dict for each job: return, frames, finished, rows (T, 9), see COLUMNS,
+    and pictures, uint8 (T, 64, 64, 3) or none.
 
-    controllers: (P, 3, I). Returns a dict for each job, in their order: return, frames, finished, rows (T, 9), see
-    COLUMNS, and pictures, uint8 (T, 64, 64, 3) or none.
-
-    V and M always see SLOTS rows, also where fewer drive: their last bits depend on how many there are, a long rollout
-    makes a different one of that, and a job's result must not depend on what is driven beside it.
-    """
-    waiting, results = list(enumerate(jobs))[::-1], [{} for _ in jobs]
+    V and M always see SLOTS rows, also where fewer drive: their last bits depend on how many there are, and
+    a job's result must not depend on what is driven beside it."""
+    waiting = list(enumerate(jobs))[::-1]
+    results: list[dict] = [{} for _ in jobs]
     rollouts: dict[int, Rollout] = {}
     obs = np.zeros((SLOTS, SIZE, SIZE, 3), np.uint8)
     state = (torch.zeros(1, SLOTS, HIDDEN), torch.zeros(1, SLOTS, HIDDEN))
@@ -468,8 +449,7 @@ def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> li
             obs[i], weights[i] = rollouts[i].obs, controllers[job["controller"]]
             state[0][0, i] = state[1][0, i] = 0
         z, _ = agent.vision.encode(torch.from_numpy(obs))
-        wishes = wanted_actions(z, state[0][0], weights)
-        actions = squash(wishes)
+        wishes, actions = act(z, state[0][0], weights)
         for i, rollout in list(rollouts.items()):
             if "noise" in rollout.job:
                 actions[i] = torch.from_numpy(rollout.disturb(actions[i].numpy()))
@@ -488,10 +468,7 @@ def start_driver() -> None:
     torch.set_num_threads(1)
 
 
-@functools.cache
-def environments(environment: Callable) -> list:
-    """A process's environments of a kind; they are made once, as they are slow to go."""
-    return [environment() for _ in range(SLOTS)]
+ENVIRONMENTS: dict[Callable, list] = {}  # of a pool's process, which makes them once
 
 
 def drive_share(share: tuple) -> list[dict]:
@@ -499,34 +476,35 @@ def drive_share(share: tuple) -> list[dict]:
     args, weights, controllers, jobs, environment = share
     agent = Agent(args)
     agent.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
-    return drive(environments(environment), agent, torch.from_numpy(controllers), jobs)
+    envs = ENVIRONMENTS.setdefault(environment, [])
+    envs += [environment() for _ in range(SLOTS - len(envs))]
+    return drive(envs, agent, torch.from_numpy(controllers), jobs)
 
 
 class Drivers:
-    """A pool of processes that drive. Where one dies, or they take far too long, the jobs are driven once more in a new
-    pool, with the same results."""
+    """A pool of processes that drive. Where one dies, or they take far too long, the jobs are driven
+    once more in a new pool, with the same results."""
 
-    patience = 600.0  # seconds, beside 20 for each job; Gymnasium's environment takes 5 for 1000 frames
+    patience = 600.0  # seconds, beside 20 for each job; Gymnasium's environment takes 5
 
     def __init__(self, args: Args) -> None:
         self.args, self.workers, self.replaced = args, args.workers or usable_cores(), 0
         self.pool: ProcessPoolExecutor | None = None  # the first jobs start it
 
-    def drive(
-        self, agent: Agent, controllers: Tensor, jobs: list[dict], environment: Callable = FastCarRacing
-    ) -> list[dict]:
-        """The results of `drive` with an agent's V and M; controllers: (P, 3, I). Raises RunError."""
-        # Arrays travel whole; of a tensor only a file descriptor would. Driving has no use for the decoder.
+    def drive(self, agent: Agent, controllers: Tensor, jobs: list, environment: Any = FastCarRacing) -> list:
+        """The results of `drive` with the agent's V and M. Raises RunError."""
+        # Arrays travel whole; of a tensor only a file descriptor would. The decoder stays here.
         weights = {k: v.cpu().numpy() for k, v in agent.state_dict().items() if "decoder" not in k}
-        n, results = self.workers, [{} for _ in jobs]
-        shares = [(self.args, weights, controllers.cpu().numpy(), jobs[i::n], environment) for i in range(n)]
-        patience = self.patience + 20 * len(jobs) / n
+        n, arrays = self.workers, controllers.cpu().numpy()
+        shares = [(self.args, weights, arrays, jobs[i::n], environment) for i in range(n)]
+        results: list[dict] = [{} for _ in jobs]
         for _ in range(3):
             context = multiprocessing.get_context("spawn")
             self.pool = self.pool or ProcessPoolExecutor(n, context, start_driver)
             try:
-                for i, share in enumerate(self.pool.map(drive_share, shares, timeout=patience)):
-                    results[i::n] = share
+                answers = self.pool.map(drive_share, shares, timeout=self.patience + 20 * len(jobs) / n)
+                for i, answer in enumerate(answers):
+                    results[i::n] = answer
                 return results
             except (BrokenProcessPool, TimeoutError):
                 self.close()
@@ -541,15 +519,13 @@ class Drivers:
         self.pool = None
 
 
-# --- The search, and the dream ------------------------------------------------------------------------
+# --- The search, and the dream --------------------------------------------------------------------
 
 
 class CMAES:
-    """Covariance matrix adaptation evolution strategy as in Hansen's tutorial (arXiv:1604.00772, figure 6 and table 1),
-    with its default parameters and its negative weights for the worse half. It minimizes, from a mean of any shape.
-
-    The noise of a generation depends on the seed and the generation alone. All that changes is in vars() of it.
-    """
+    """Covariance matrix adaptation evolution strategy as in Hansen's tutorial (arXiv:1604.00772, figure
+    6 and table 1), with its default parameters. It minimizes, from a mean of any shape. A generation's noise
+    depends on the seed and its number alone. All that changes is in vars(search)."""
 
     def __init__(self, mean: Tensor, sigma: float, population: int, seed: int = 0) -> None:
         n, self.shape = mean.numel(), mean.shape
@@ -567,7 +543,7 @@ class CMAES:
         least = min(1 + self.c_1 / self.c_mu, 1 + 2 * mu_eff_bad / (self.mu_eff + 2))
         least = min(least, (1 - self.c_1 - self.c_mu) / (n * self.c_mu))
         self.weights = torch.where(raw > 0, raw / good.sum(), raw / -bad.sum() * least)
-        self.expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # a normal vector's length
+        self.expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # a vector's length
         self.mean, self.sigma = mean.double().flatten(), sigma
         self.path_sigma, self.path_c = torch.zeros(2, n).double()
         self.C, self.basis = torch.eye(n).double(), torch.eye(n).double()
@@ -582,7 +558,7 @@ class CMAES:
         return (self.mean + self.sigma * self.steps).float().view(-1, *self.shape)
 
     def tell(self, costs: Tensor) -> None:
-        """Takes the costs (population,) of the candidates that `ask` gave, and moves on to the next generation."""
+        """Takes the costs (population,) of what `ask` gave; moves on to the next generation."""
         n, steps = len(self.mean), self.steps[costs.argsort(stable=True)]
         whitening = self.basis / self.scales @ self.basis.T  # C's inverse root
         step = self.weights.clamp(min=0) @ steps
@@ -603,7 +579,8 @@ class CMAES:
         weights = torch.where(self.weights >= 0, self.weights, self.weights * n / lengths)
         lost = (1 - not_stalled) * self.c_c * (2 - self.c_c)
         self.C *= 1 + self.c_1 * lost - self.c_1 - self.c_mu * float(self.weights.sum())
-        self.C += self.c_1 * self.path_c.outer(self.path_c) + self.c_mu * (steps.T * weights) @ steps
+        self.C += self.c_1 * self.path_c.outer(self.path_c)
+        self.C += self.c_mu * (steps.T * weights) @ steps
         growth = self.c_sigma / self.d_sigma * (length / self.expected - 1)
         self.sigma *= math.exp(min(1, growth))
         if self.generation - self.decomposed > 1 / (self.c_1 + self.c_mu) / n / 10:
@@ -612,15 +589,13 @@ class CMAES:
             self.scales, self.decomposed = values.clamp(min=1e-20).sqrt(), self.generation
 
 
-REWARDS = (-1.0, 10.0)  # range that M learns; leaving the lawn costs 100, which would drown the others
+REWARDS = (-1.0, 10.0)  # range that M learns; leaving the lawn costs 100
 
 
 def sample_next(memory: Memory, hidden: Tensor, starts: int, temperature: float, chance: Any) -> tuple:
-    """The next latents (N, 32), drawn from what M foretells, reward (N,) and logit of the end (N,). hidden: (N, 256).
-
-    The mixture's logits are divided by the temperature and its variances multiplied by it. Row i and row i + starts
-    share their chances, which come from the torch.Generator `chance`.
-    """
+    """The next latents (N, 32), reward (N,) and logit of the end (N,) after hidden states (N, 256). The
+    latents are drawn from M's mixture, its logits divided by the temperature and its variances multiplied
+    by it. Rows i and i + starts share their chances, of the torch.Generator `chance`."""
     log_pi, mu, log_sigma, reward, end = memory.foretell(hidden)
     repeats, draw = len(hidden) // starts, {"generator": chance, "device": hidden.device}
     uniform = torch.rand(starts, LATENTS, 1, **draw).repeat(repeats, 1, 1)
@@ -632,22 +607,20 @@ def sample_next(memory: Memory, hidden: Tensor, starts: int, temperature: float,
 
 
 @torch.no_grad()
-def dream_returns(args: Args, memory: Memory, controllers: Tensor, z: Tensor, state: Any, chance: Any) -> Tensor:
-    """Mean return that every controller gets in M's dream, (P,).
-
-    controllers: (P, 3, I); z: (S, 32); state: a pair of (1, S, 256), real places to start from, the same for all
-    controllers, as are the dream's chances. Dropout hits what M foretells from, not what C sees: without it, C finds
-    what M is wrong about and lives on that.
-    """
+def dream_returns(
+    args: Args, memory: Memory, controllers: Tensor, z: Tensor, state: Any, chance: torch.Generator
+) -> Tensor:
+    """Mean return (P,) that every controller gets in M's dream. controllers: (P, 3, I); z: (S, 32); state: a
+    pair of (1, S, 256): real places to start from, shared by all, as are the dream's chances. Dropout hits
+    what M foretells from, not what C sees: else C finds what M is wrong about and lives on that."""
     population, starts = len(controllers), len(z)
     z = z.repeat(population, 1)  # (P * S, 32), controller by controller
     state = tuple(part.repeat(1, population, 1) for part in state)
-    weights = controllers.to(z.device)
+    weights = controllers.to(z.device).repeat_interleave(starts, 0)
     returns, alive = torch.zeros(len(z), device=z.device), torch.ones(len(z), device=z.device)
     for _ in range(args.dream_steps):
-        inputs = torch.cat([z, state[0][0]], -1).view(population, starts, -1)
-        wanted = torch.baddbmm(weights[:, None, :, -1], inputs, weights[..., :-1].transpose(1, 2))
-        hidden, state = memory(z[None], squash(wanted).view(1, -1, 3), state)
+        _, actions = act(z, state[0][0], weights)
+        hidden, state = memory(z[None], actions[None], state)
         kept = torch.rand(starts, HIDDEN, generator=chance, device=z.device) >= args.dream_dropout
         kept = (kept / (1 - args.dream_dropout)).repeat(population, 1)
         z, reward, end = sample_next(memory, hidden[0] * kept, starts, args.temperature, chance)
@@ -656,7 +629,7 @@ def dream_returns(args: Args, memory: Memory, controllers: Tensor, z: Tensor, st
     return returns.view(population, starts).mean(1)
 
 
-# --- Save and load --------------------------------------------------------------------------------------
+# --- Save and load --------------------------------------------------------------------------------
 
 
 def save(contents: dict, path: Path) -> None:
@@ -689,17 +662,17 @@ def load_weights(agent: Agent, checkpoint: dict, path: Path) -> None:
 
 
 def load_result(args: Args, folder: Path, name: str) -> dict:
-    """The checkpoint that a finished stage has left. Raises UsageError where it is none, or another's."""
+    """The checkpoint that a finished stage has left. Raises UsageError where it is another's."""
     result = load_checkpoint(folder / f"{name}.pt")
     if (result.get("stage", {}).get("name"), result["args"].seed) != (name, args.seed):
-        raise UsageError(f"{folder}/{name}.pt is another run's: remove it to repeat that stage.")
+        raise UsageError(f"{folder}/{name}.pt is another run's: type another --name to start anew.")
     return result
 
 
 class Journal:
-    """What the stages share: settings, V, M and C, driving processes, figures for TensorBoard, and the state to go on
-    from: how many rows of figures were written (iteration), frames driven, seconds spent, frames and score of every
-    validation, and the stage on its way (name, round, step and what else it needs)."""
+    """What the stages share: settings, V, M and C, driving processes, figures for TensorBoard, and the
+    state to go on from: rows of figures written (iteration), frames driven, seconds spent, frames and
+    score of every validation, and the stage on its way (name, round, step and what it needs)."""
 
     def __init__(self, args: Args, folder: Path, agent: Agent, checkpoint: dict) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -708,27 +681,30 @@ class Journal:
         self.clock = time.time()
         new = {"iteration": 0, "frames": 0, "seconds": 0.0, "scores": [], "stage": {}}
         self.state = {name: checkpoint.get(name, value) for name, value in new.items()}
-        self.board = SummaryWriter(folder, purge_step=self.state["iteration"] + 1 if checkpoint else None)
+        purge = self.state["iteration"] + 1 if checkpoint else None
+        self.board = SummaryWriter(folder, purge_step=purge)
         for frames, score in self.state["scores"]:  # which purge_step has taken away
             self.board.add_scalar("score_against_frames", score, frames)
 
     def write(self, figures: dict) -> None:
         """Writes a row of figures."""
-        state, now = self.state, time.time()
-        state |= {"iteration": state["iteration"] + 1, "seconds": state["seconds"] + now - self.clock}
-        self.clock = now
-        charts = {"charts/frames": state["frames"], "charts/elapsed_seconds": state["seconds"]}
-        for tag, value in (figures | charts).items():
-            self.board.add_scalar(tag, value, state["iteration"])
+        self.state["iteration"] += 1
+        self.state["seconds"] += time.time() - self.clock
+        self.clock = time.time()
+        figures["charts/frames"] = self.state["frames"]
+        figures["charts/elapsed_seconds"] = self.state["seconds"]
+        for tag, value in figures.items():
+            self.board.add_scalar(tag, value, self.state["iteration"])
 
     def save(self, name: str, **more: Any) -> None:
         """Writes a checkpoint to the run's folder; more: what differs in it."""
-        call = ("stages", "workers", "resume", "init_from", "evaluate", "dream")  # of this call alone
+        call = ("stages", "workers", "resume", "init_from", "evaluate", "dream")  # not the run's
         args = {key: value for key, value in vars(self.args).items() if key not in call}
-        save(self.state | {"args": args, "agent": self.agent.state_dict()} | more, self.folder / name)
+        contents = self.state | {"args": args, "agent": self.agent.state_dict()}
+        save(contents | more, self.folder / name)
 
 
-# --- The stages: each reads what others have left; they return whether all is done ------------------------
+# --- The stages: each reads what others have left; they return whether all is done ----------------
 
 FOOTAGE, VALIDATION, TRAIN = 800_000_000, 900_000_000, 1_000_000  # first seeds of their tracks
 SIGMA = 0.1  # CMA-ES's step size at the start; half of it in the later rounds
@@ -736,82 +712,78 @@ DISBELIEF = 3  # validations without a better mean after which a dream ends
 
 
 def randomness(*numbers: int) -> np.random.Generator:
-    """A numpy generator, and torch's own, which depend on the numbers alone: nothing has to be saved."""
+    """A numpy generator, and torch's own, that depend on the numbers alone: nothing to be saved."""
     generator = np.random.default_rng(numbers)
     torch.manual_seed(int(generator.integers(2**62)))
     return generator
 
 
 def collect(journal: Journal) -> bool:
-    """Drives and films: at random as long as there is no C, then with C, disturbed two of three times. Four of five
-    episodes start anywhere."""
+    """Drives and films: at random in the first round, then with C, disturbed two of three times."""
     args, stage, controller = journal.args, journal.state["stage"], journal.agent.controller
-    total, round_, at_random = args.collect_frames, stage["round"], not controller.any()
-    path = journal.folder / f"pictures-{round_}.npy"
+    round_, at_random = stage["round"], stage["round"] == 1 and not controller.any()
+    first, total = (round_ - 1) * args.collect_frames, round_ * args.collect_frames
     if stage["step"] == 0:
-        np.lib.format.open_memmap(path, "w+", np.uint8, (total, SIZE, SIZE, 3))
         stage |= {"episodes": 0, "rows": torch.zeros(total, COLUMNS)}
-    pictures, rows = np.load(path, mmap_mode="r+"), stage["rows"]
-    while stage["step"] < total:
-        jobs: list[dict] = []
+        if first:
+            before = load_result(args, journal.folder, f"collect-{round_ - 1}")
+            stage["rows"][:first] = before["stage"]["rows"]
+    path, shape = journal.folder / "pictures.bin", (total, SIZE, SIZE, 3)
+    filled = (first + stage["step"]) * SIZE * SIZE * 3  # bytes
+    if filled > (path.stat().st_size if path.exists() else 0):
+        raise UsageError(f"{path} lacks its pictures: type another --name to start anew.")
+    pictures = np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=shape)
+    while first + stage["step"] < total:
+        jobs = []
         for episode in range(stage["episodes"], stage["episodes"] + 32):
             chance = np.random.default_rng([args.seed, round_, episode])
             place = chance.random() * (chance.random() < 0.8)
             limit = min(300 if at_random else 1000, args.max_frames)
-            kind = 0 if at_random else episode % 3 or 3
+            noise = (1000 * args.seed + round_, 0 if at_random else episode % 3 or 3)
             job = {"seed": FOOTAGE + 1_000_000 * round_ + episode, "controller": 0, "limit": limit}
-            jobs.append(job | {"film": True, "place": place, "noise": (1000 * args.seed + round_, kind)})
+            jobs.append(job | {"place": place, "noise": noise, "film": True})
         for result in journal.drivers.drive(journal.agent, controller[None], jobs):
-            room = slice(stage["step"], min(stage["step"] + len(result["rows"]), total))
-            size = room.stop - room.start
-            pictures[room] = result["pictures"][:size]
-            rows[room] = torch.from_numpy(result["rows"][:size])
-            stage["step"] = room.stop
+            start = first + stage["step"]
+            size = min(len(result["rows"]), total - start)
+            pictures[start : start + size] = result["pictures"][:size]
+            stage["rows"][start : start + size] = torch.from_numpy(result["rows"][:size])
+            stage["step"] += size
             journal.state["frames"] += result["frames"]
         stage["episodes"] += len(jobs)
         pictures.flush()
         journal.save("last.pt")
-        tqdm.write(f"round {round_} collect: {stage['step']} of {total} pictures")
+        tqdm.write(f"{stage['name']}: {stage['step']} of {args.collect_frames} pictures")
+    rows = stage["rows"][first:]
     rows[:, 3].clamp_(*REWARDS)
-    journal.write({"collect/reward_per_frame": rows[:, 3].mean(), "collect/episodes": rows[:, 4].sum()})
+    reward, episodes = rows[:, 3].mean(), rows[:, 4].sum()
+    journal.write({"collect/reward_per_frame": reward, "collect/episodes": episodes})
     return True
 
 
 class Footage:
-    """All rounds' frames so far: `pictures`, a list of uint8 (N, 64, 64, 3) on disk; `rows`, (M, 9), see COLUMNS;
-    `latents`, (M, 64), mean and log variance, as the newest V sees them; `episodes`, (E, 2), first row and length of
-    each, and `newest`, those of the last round. Raises UsageError where something is missing or another's."""
+    """All rounds' frames so far: `pictures`, uint8 (N, 64, 64, 3) on disk; `rows`, (N, 9), see COLUMNS;
+    `latents`, (N, 64), mean and log variance, as the newest V sees them; `episodes`, (E, 2), first row and
+    length of each, and `newest`, those of the last round. Raises UsageError."""
 
     def __init__(self, journal: Journal) -> None:
         args, folder, stage = journal.args, journal.folder, journal.state["stage"]
-        rounds, self.size = range(1, stage["round"] + 1), args.collect_frames
-        results = [load_result(args, folder, f"collect-{k}")["stage"]["rows"] for k in rounds]
-        self.rows = torch.cat(results)
+        self.rows = load_result(args, folder, f"collect-{stage['round']}")["stage"]["rows"]
         self.latents = torch.zeros(len(self.rows), 2 * LATENTS)
         if not stage["name"].startswith("vision"):
             self.latents = load_result(args, folder, f"vision-{stage['round']}")["stage"]["latents"]
-        try:
-            self.pictures = [np.load(folder / f"pictures-{k}.npy", mmap_mode="r") for k in rounds]
-            kinds = {(part.shape, part.dtype.name) for part in self.pictures}
-            whole = kinds == {((self.size, SIZE, SIZE, 3), "uint8")} and self.rows.isfinite().all()
-            if not whole or not self.latents.isfinite().all():
-                raise ValueError("other footage")
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"{folder} has lost its footage: type --name to start anew.") from error
+        path, shape = folder / "pictures.bin", (stage["round"] * args.collect_frames, SIZE, SIZE, 3)
+        whole = path.exists() and path.stat().st_size >= math.prod(shape) and len(self.rows) == shape[0]
+        if not whole or not self.rows.isfinite().all() or not self.latents.isfinite().all():
+            raise UsageError(f"{folder} lacks its footage: type another --name to start anew.")
+        self.pictures = np.memmap(path, np.uint8, "r", shape=shape)
         starts = self.rows[:, 4].nonzero()[:, 0].numpy()
         self.episodes = np.stack([starts, np.diff([*starts, len(self.rows)])], 1)
-        self.newest = self.episodes[starts >= len(self.rows) - self.size]
-
-    def take(self, indices: np.ndarray) -> Tensor:
-        """Pictures (N, 64, 64, 3) of frames counted over all rounds, in ascending order."""
-        rounds, frames = indices // self.size, indices % self.size
-        parts = [part[frames[rounds == k]] for k, part in enumerate(self.pictures)]
-        return torch.from_numpy(np.concatenate(parts))
+        self.newest = self.episodes[starts >= len(self.rows) - args.collect_frames]
 
 
 def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None:
-    """Fits V or M by Adam: `minibatch(step, generator)` returns losses, called `names`, the first of which is
-    descended. Raises RunError where one is not finite."""
+    """Fits V or M by Adam: `minibatch(step, generator)` returns losses, called `names`, and the first
+    is descended. Raises RunError where one is not finite."""
     args, stage = journal.args, journal.state["stage"]
     name, round_ = stage["name"].split("-")[0], stage["round"]
     network, lr = getattr(journal.agent, name), getattr(args, f"{name}_lr")
@@ -829,7 +801,7 @@ def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None
         losses[0].backward()
         length = nn.utils.clip_grad_norm_(parameters, longest)
         if not torch.isfinite(length + losses.sum()):
-            raise RunError(f"Loss {losses[0]:.4g} or gradient {length:.4g} of {name} is not finite.")
+            raise RunError(f"Loss {losses[0]:.4g} or gradient {length:.4g} is not finite.")
         optimizer.step()
         sums.append(losses.detach())
         if (step + 1) % min(every, total // 10 or 1) == 0 or step + 1 == total:
@@ -845,26 +817,26 @@ def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None
 
 def learn_vision(journal: Journal) -> bool:
     """Fits V to all the footage, and keeps what it then sees there."""
-    footage, vision = Footage(journal), journal.agent.vision
-    device, state = journal.agent.controller.device, journal.state
+    footage, vision, device = Footage(journal), journal.agent.vision, journal.agent.controller.device
 
     def minibatch(step: int, chance: np.random.Generator) -> tuple[Tensor, ...]:
         noise = torch.randn(100, LATENTS).to(device)
         indices = np.sort(chance.integers(len(footage.rows), size=100))
-        pictures = footage.take(indices).to(device)
+        pictures = torch.from_numpy(footage.pictures[indices]).to(device)
         mu, logvar = vision.encode(pictures)
         decoded = vision.decode(mu + torch.exp(logvar / 2) * noise)
         if step % 500 == 0:
             pair = np.stack([pictures[:8].cpu().numpy(), to_pictures(decoded[:8].detach())])
             grid = pair.transpose(0, 2, 1, 3, 4).reshape(2 * SIZE, -1, 3)
-            journal.board.add_image("vision/reconstruction", grid, state["iteration"] + 1, dataformats="HWC")
-        return vision_loss(decoded, to_floats(pictures), mu, logvar)
+            now = journal.state["iteration"] + 1
+            journal.board.add_image("vision/reconstruction", grid, now, dataformats="HWC")
+        return vision_loss(decoded, pictures, mu, logvar)
 
     learn(journal, ("loss", "squared_error", "KL"), minibatch)
     with torch.no_grad():
-        parts = np.array_split(np.arange(len(footage.rows)), len(footage.rows) // 500 + 1)
-        encoded = [torch.cat(vision.encode(footage.take(part).to(device)), 1).cpu() for part in parts]
-    state["stage"]["latents"] = torch.cat(encoded)
+        parts = np.array_split(footage.pictures, len(footage.rows) // 500 + 1)
+        encoded = [vision.encode(torch.tensor(part).to(device)) for part in parts]
+    journal.state["stage"]["latents"] = torch.cat([torch.cat(part, 1).cpu() for part in encoded])
     return True
 
 
@@ -872,7 +844,7 @@ def learn_memory(journal: Journal) -> bool:
     """Fits M to the latents of all the footage, sampled anew in every minibatch."""
     footage, memory, device = Footage(journal), journal.agent.memory, journal.agent.controller.device
     episodes, rows, latents = footage.episodes, footage.rows, footage.latents
-    shares = episodes[:, 1] / len(rows)  # else the first round's many short ones would be most of it
+    shares = episodes[:, 1] / len(rows)  # else the first round's short ones would be most of it
 
     def minibatch(step: int, chance: np.random.Generator) -> tuple[Tensor, ...]:
         chosen = episodes[chance.choice(len(episodes), 16, p=shares)]
@@ -888,16 +860,17 @@ def learn_memory(journal: Journal) -> bool:
 
 
 def search_in_dream(journal: Journal) -> bool:
-    """Searches C by CMA-ES in M's dream, until reality confirms it no more; False where time is over."""
-    args, agent, stage, footage = journal.args, journal.agent, journal.state["stage"], Footage(journal)
+    """Searches C by CMA-ES in M's dream, until reality disagrees; False where time is over."""
+    args, agent, stage = journal.args, journal.agent, journal.state["stage"]
+    footage = Footage(journal)
     mean, sigma = agent.controller.cpu(), SIGMA
-    if mean.any():
+    if stage["round"] > 1 or mean.any():
         mean, sigma = translate_controller(agent, footage), SIGMA / 2
     search = CMAES(mean, sigma, args.population, args.seed * 1000 + 2 * stage["round"])
     if "search" in stage:
         vars(search).update(stage["search"])
     else:
-        end_generation(journal, search, validate(journal, search))
+        end_generation(journal, search, {}, last=False)
     total = args.dream_generations if args.controller_input == "zh" else 0
     for generation in tqdm(range(stage["step"], total), stage["name"]):
         if generation - stage["found"]["step"] >= DISBELIEF * args.eval_interval:
@@ -953,56 +926,52 @@ def search_on_tracks(journal: Journal) -> bool:
     return True
 
 
-def end_generation(journal: Journal, search: CMAES, figures: dict, last: bool = False) -> bool:
-    """Writes a generation's figures and last.pt, and now and then validates. Returns whether time is over."""
-    stage, args = journal.state["stage"], journal.args
-    over = journal.state["seconds"] + time.time() - journal.clock > 3600 * args.hours
-    if stage["step"] > 0 and (last or over or stage["step"] % args.eval_interval == 0):
-        figures |= validate(journal, search)
+def end_generation(journal: Journal, search: CMAES, figures: dict, last: bool) -> bool:
+    """Writes a generation's figures and last.pt; returns whether time is over. Now and then it scores the
+    search's mean on the validation tracks: the stage keeps its best, and best.pt the run's."""
+    args, state, stage = journal.args, journal.state, journal.state["stage"]
+    over = state["seconds"] + time.time() - journal.clock > 3600 * args.hours
+    if last or over or stage["step"] % args.eval_interval == 0:
+        controller = search.mean.float().view(search.shape)
+        seeds = range(VALIDATION, VALIDATION + args.validation_tracks)
+        jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
+        results = journal.drivers.drive(journal.agent, controller[None], jobs)
+        returns = [result["return"] for result in results]
+        score = float(np.mean(returns))
+        figures |= {"controller/validation": score, "controller/validation_std": np.std(returns)}
+        state["frames"] += sum(result["frames"] for result in results)
+        if "found" not in stage or score > stage["found"]["score"]:
+            found = {"controller": controller, "sigma": search.sigma}
+            stage["found"] = found | {"score": score, "step": stage["step"]}
+        if all(score > earlier for _, earlier in state["scores"]):
+            weights = {k: v.half() for k, v in journal.agent.state_dict().items()}  # lossless
+            weights["controller"] = controller
+            journal.save("best.pt", agent=weights, stage={}, score=score)
+        state["scores"].append([state["frames"], score])
+        journal.board.add_scalar("score_against_frames", score, state["frames"])
+        tqdm.write(f"{stage['name']}, generation {stage['step']}: the mean controller scores {score:.1f}")
     figures |= {"search/sigma": search.sigma, "charts/pools_replaced": journal.drivers.replaced}
-    figures |= {"search/longest_axis": search.scales.max(), "search/shortest_axis": search.scales.min()}
+    figures["search/longest_axis"] = search.scales.max()
+    figures["search/shortest_axis"] = search.scales.min()
     stage["search"] = vars(search)
     journal.write(figures)
     journal.save("last.pt")
     return over
 
 
-def validate(journal: Journal, search: CMAES) -> dict:
-    """Scores the search's mean on the validation tracks, in FastCarRacing, without giving up; returns figures. The
-    best of the stage is kept in it, and the best of the run in best.pt."""
-    args, state, stage = journal.args, journal.state, journal.state["stage"]
-    controller = search.mean.float().view(search.shape)
-    seeds = range(VALIDATION, VALIDATION + args.validation_tracks)
-    jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
-    results = journal.drivers.drive(journal.agent, controller[None], jobs)
-    returns = [result["return"] for result in results]
-    score = float(np.mean(returns))
-    state["frames"] += sum(result["frames"] for result in results)
-    if "found" not in stage or score > stage["found"]["score"]:
-        found = {"controller": controller, "sigma": search.sigma}
-        stage["found"] = found | {"score": score, "step": stage["step"]}
-    if all(score > earlier for _, earlier in state["scores"]):
-        weights = {k: v.half() for k, v in journal.agent.state_dict().items()}  # V and M lose nothing
-        journal.save("best.pt", agent=weights | {"controller": controller}, stage={}, score=score)
-    state["scores"].append([state["frames"], score])
-    journal.board.add_scalar("score_against_frames", score, state["frames"])
-    tqdm.write(f"generation {stage['step']}, {state['frames']} frames: mean controller {score:.1f}")
-    return {"controller/validation": score, "controller/validation_std": np.std(returns)}
-
-
 @torch.no_grad()
 def translate_controller(agent: Agent, footage: Footage) -> Tensor:
-    """The controller for this round's V and M that asks for what the old one asked for on the newest footage, by ridge
-    regression: the old weights mean nothing to networks that have learnt on."""
+    """The controller for this round's V and M that asks for what the old one asked for on the newest footage,
+    by ridge regression: the old weights mean nothing to networks that have learnt on."""
     device, inputs = agent.controller.device, agent.controller.shape[1] - 1
     parts = []
     for start, length in footage.newest:
         z = footage.latents[start : start + length, None, :LATENTS].to(device)
         hidden, _ = agent.memory(z, footage.rows[start : start + length, None, :3].to(device))
-        before = torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]])  # what C saw with the pictures
+        before = torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]])  # what C saw with them
         parts.append(torch.cat([z, before], -1)[:, 0, :inputs].cpu().double())
     features = F.pad(torch.cat(parts), (0, 1), value=1.0)
-    wishes = footage.rows[-footage.size :, 6:].double()
+    wishes = footage.rows[footage.newest[0, 0] :, 6:].double()
     square = features.T @ features + 1e-3 * len(features) * torch.eye(inputs + 1)
     controller = torch.linalg.solve(square, features.T @ wishes).T
     left = (features @ controller.T - wishes).square().mean() / wishes.var().clamp(min=1e-9)
@@ -1012,8 +981,8 @@ def translate_controller(agent: Agent, footage: Footage) -> Tensor:
 
 @torch.no_grad()
 def dream_starts(journal: Journal, footage: Footage, generation: int) -> tuple[Tensor, Any]:
-    """Real places to start a dream from, all in the newest footage, since that is where C gets to: latents (S, 32) and
-    M's state, a pair of (1, S, 256), after up to 40 frames there."""
+    """Real places to start a dream from, all in the newest footage, since that is where C gets to: latents
+    (S, 32) and M's state, a pair of (1, S, 256), after up to 40 frames there."""
     args, memory, device = journal.args, journal.agent.memory, journal.agent.controller.device
     chance = randomness(args.seed, journal.state["stage"]["round"], 4, generation)
     places, hiddens, cells = [], [], []
@@ -1029,15 +998,15 @@ def dream_starts(journal: Journal, footage: Footage, generation: int) -> tuple[T
     return torch.stack(places).to(device), (torch.cat(hiddens, 1), torch.cat(cells, 1))
 
 
-# --- Evaluation and films ---------------------------------------------------------------------------------
+# --- Evaluation and films -------------------------------------------------------------------------
 
 
 def evaluate(args: Args, drivers: Drivers, checkpoint: dict, path: Path, folder: Path) -> None:
-    """Drives a checkpoint in Gymnasium's own CarRacing-v3; writes evaluation.json and best_lap.mp4."""
+    """Drives in Gymnasium's own CarRacing-v3; writes evaluation.json and best_lap.mp4."""
     agent = Agent(args)
     load_weights(agent, checkpoint, path)
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
-    jobs = [{"seed": seed, "controller": 0, "limit": 1000} for seed in seeds]
+    jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
     results = drivers.drive(agent, agent.controller[None], jobs, gymnasium_car_racing)
     returns = [result["return"] for result in results]
     best = int(np.argmax(returns))
@@ -1066,8 +1035,8 @@ def evaluate(args: Args, drivers: Drivers, checkpoint: dict, path: Path, folder:
 
 
 def film_lap(args: Args, seed: int, actions: np.ndarray, path: Path) -> None:
-    """Plays actions (T, 3) on a track once more, at full size, with bars for steering (from the middle), gas (green)
-    and brake (red) on the film."""
+    """Plays actions (T, 3) on a track once more, at full size, with bars on the film for steering (from the
+    middle), gas (green) and brake (red)."""
     import imageio.v2
 
     env = gym.make("CarRacing-v3", render_mode="rgb_array")
@@ -1089,8 +1058,8 @@ def film_lap(args: Args, seed: int, actions: np.ndarray, path: Path) -> None:
 
 @torch.no_grad()
 def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
-    """Writes dream.mp4, a film of reality, what V keeps of it and M's dream under the same actions, which begins anew
-    every 100 actions; and latents.png, V's picture of each latent from -3 to 3."""
+    """Writes dream.mp4, a film of reality, what V keeps of it and M's dream under the same actions, begun anew
+    every 100; and latents.png, V's picture of each latent from -3 to 3."""
     import imageio.v2
     import imageio.v3
 
@@ -1099,8 +1068,9 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     job = {"seed": args.eval_seed, "controller": 0, "limit": args.max_frames, "film": True}
     (lap,) = drive([FastCarRacing()], agent, agent.controller[None], [job])
-    pictures, actions = torch.from_numpy(lap["pictures"]), torch.from_numpy(lap["rows"][:, None, :3])
-    mu = torch.cat([agent.vision.encode(part)[0] for part in pictures.split(100)])[:, None]
+    pictures, actions = lap["pictures"], torch.from_numpy(lap["rows"][:, None, :3])
+    parts = torch.from_numpy(pictures).split(100)
+    mu = torch.cat([agent.vision.encode(part)[0] for part in parts])[:, None]
     chance, state, dream_state = torch.Generator().manual_seed(args.seed), None, None
     fps = 50 / args.action_repeat
     with imageio.v2.get_writer(folder / "dream.mp4", fps=fps, macro_block_size=2) as video:
@@ -1109,7 +1079,7 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
             if awake:
                 dreamt, dream_state = mu[t], state
             imagined = to_pictures(agent.vision.decode(torch.cat([mu[t], dreamt])))
-            panels = np.stack([lap["pictures"][t], *imagined]).repeat(5, 1).repeat(5, 2)
+            panels = np.stack([pictures[t], *imagined]).repeat(5, 1).repeat(5, 2)
             panels[2, :8] = (60, 60, 60) if awake else (230, 160, 40)  # a bar over what is dreamt
             video.append_data(np.concatenate(panels, 1))
             hidden, dream_state = agent.memory(dreamt[None], actions[t : t + 1], dream_state)
@@ -1124,7 +1094,7 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
     print(f"written to {folder}/: dream.mp4 (reality, what V keeps of it, M's dream), latents.png")
 
 
-# --- Training ---------------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 LEARN = {"collect": collect, "vision": learn_vision, "memory": learn_memory}
 LEARN |= {"dream": search_in_dream, "real": search_on_tracks}
@@ -1140,16 +1110,17 @@ def train(args: Args, checkpoint: dict | None) -> None:
     folder = args.resume or Path("runs") / name
     go_on = f"type --resume {folder} to go on"
 
-    # What is next, and where to go on: from last.pt, if it is of that stage, or from the newest result
-    rounds = range(1, args.rounds + 1)
-    stages = [f"{stage}-{round_}" for round_ in rounds for stage in ("collect", "vision", "memory", "dream")]
-    stages.append(f"real-{args.rounds}")
-    due = [name for name in stages if not (checkpoint and (folder / f"{name}.pt").exists())]
+    # What is next, and where to go on: from last.pt, if it is of that stage, or the newest result
+    names = [f"{stage}-{k + 1}" for k in range(args.rounds) for stage in list(LEARN)[:-1]]
+    names.append(f"real-{args.rounds}")
+    due = [name for name in names if not (checkpoint and (folder / f"{name}.pt").exists())]
     wanted = due[0].split("-")[0] if due else "evaluate"
     if wanted not in args.stages and not (folder / "best.pt").exists():
-        raise UsageError(f"The next stage is {wanted}: type --stages {wanted}, and those to follow it.")
-    if checkpoint and len(due) < len(stages) and checkpoint.get("stage", {}).get("name") not in due[:1]:
-        checkpoint = load_result(args, folder, stages[-len(due) - 1])
+        raise UsageError(f"The next stage is {wanted}: add it to --stages.")
+    if checkpoint and "stage" not in checkpoint:
+        raise UsageError(f"{folder}/last.pt is not a run's: type another folder.")
+    if checkpoint and len(due) < len(names) and checkpoint["stage"].get("name") not in due[:1]:
+        checkpoint = load_result(args, folder, names[-len(due) - 1])
     if args.init_from and not checkpoint:
         load_weights(agent, load_checkpoint(args.init_from), args.init_from)
     if checkpoint:

@@ -2,18 +2,20 @@
 
     python bench/analyze.py laps runs/<name>/best.pt --out profile.json
     python bench/analyze.py intervals runs/*/evaluation.json
-    python bench/analyze.py ablations pretrained/carracing.pt --frames 1500000 --first-round last.pt --out FILE
+    python bench/analyze.py ablations pretrained/carracing.pt --frames 1500000 --first-round last.pt
 
-laps: where on the track a checkpoint loses time to the game's AI. Both race from the evaluation's starts; for each
-stretch the median seconds, and at its end the speed (m/s) and the metres to the right of the road's middle. Then which
-shares of its decisions each choice has.
+laps: where on the track a checkpoint loses time to the game's AI. Both race from the evaluation's
+starts; for each stretch the median seconds, and at its end the speed (m/s) and the metres to the
+right of the road's middle. Then which shares of its decisions each choice has.
 
-intervals: 95% intervals, by evaluation and for all of them together: of the finish rate (Wilson 1927), and of the ratio
-of the median laps, agent to AI, by a bootstrap over the races (Efron 1979) that takes each evaluation's apart.
+intervals: 95% intervals, by evaluation and for all of them together: of the finish rate (Wilson
+1927), and of the ratio of the median laps, agent to AI, by a bootstrap over the races (Efron 1979)
+that takes each evaluation's apart.
 
-ablations: what each part of the world model is worth. C is searched anew, from zero and on real tracks alone, with a
-checkpoint's V and M as they are and with a part taken away; each search may drive the same number of frames, and its
-mean controller is validated now and then. Candidates, tracks and validation are the script's own.
+ablations: what each part of the world model is worth. C is searched anew, from zero and on real
+tracks alone, with a checkpoint's V and M as they are and with a part taken away; each search may
+drive the same number of frames, and its mean controller is validated now and then. Candidates,
+tracks and validation are the script's own.
 """
 
 import dataclasses
@@ -32,8 +34,6 @@ import tyro
 
 @dataclasses.dataclass
 class Laps:
-    """Where a checkpoint loses time, and what it does."""
-
     checkpoint: tyro.conf.Positional[Path]  # whose greedy races are looked at
     script: Literal["ppo_tuxkart", "ppo_tuxkart_resnet"] = "ppo_tuxkart"  # the script that it is of
     track: str | None = None  # track to race on, if not the checkpoint's first
@@ -44,35 +44,24 @@ class Laps:
 
 @dataclasses.dataclass
 class Intervals:
-    """How sure the figures of evaluations are."""
-
     files: tyro.conf.Positional[tuple[Path, ...]]  # evaluation.json files
-    samples: int = 10_000  # of the bootstrap
     out: Path | None = None  # JSON file to write
 
 
 @dataclasses.dataclass
 class Ablations:
-    """What each part of the world model is worth."""
-
     checkpoint: tyro.conf.Positional[Path]  # whose V and M drive
     first_round: Path | None = None  # checkpoint whose V and M have seen random driving alone
     frames: int = 2_000_000  # frames that each search may drive
     interval: int = 5  # generations between validations
     seeds: int = 1  # searches of each kind
-    population: int | None = None  # candidates of a generation, if not the checkpoint's
-    validation_tracks: int | None = None  # tracks of a validation, if not the checkpoint's
     out: Path | None = None  # JSON file to write
 
 
 def by_stretch(race: dict, edges: np.ndarray) -> list[np.ndarray]:
     """Clock, speed and offset of a race at some metres from its first moment on."""
-    trail, geometry, along = np.array(race["trail"]), race["geometry"], 0.0  # (T, 5): clock, x, y, z, speed
-    places = np.zeros((len(trail), 2))  # down the track, right of its middle
-    for i, point in enumerate(trail[:, 1:4]):
-        places[i] = geometry.locate(point, along)[:2]
-        along = places[i, 0]
-    gains = geometry.gain(places[:-1, 0], places[1:, 0])
+    trail, places = np.array(race["trail"]), common.places(race)  # clock, x, y, z, speed
+    gains = race["geometry"].gain(places[:-1, 0], places[1:, 0])
     metres = np.concatenate([[0.0], np.cumsum(gains)])
     return [np.interp(edges, metres, column) for column in (trail[:, 0], trail[:, 4], places[:, 1])]
 
@@ -94,12 +83,7 @@ def profile(races: list[dict], edges: np.ndarray) -> dict[str, list[float]]:
 def laps(settings: Laps) -> None:
     common.isolate()
     script: Any = importlib.import_module(settings.script)
-    checkpoint = script.load_checkpoint(settings.checkpoint)
-    args = dataclasses.replace(checkpoint["args"], eval_episodes=settings.races)
-    args.track = (settings.track or args.track[0],)
-    agent, made_on = script.make_agent(args)
-    script.load_weights(agent, checkpoint)
-    seeds = range(args.eval_seed, args.eval_seed + settings.races)
+    args, agent, seeds = common.load(script, settings.checkpoint, settings.track, settings.races)
     races = {driver: script.race_all(args, agent, seeds, driver=driver) for driver in ("agent", "ai")}
     edges = np.arange(0, races["agent"][0]["geometry"].length, settings.stretch)
     ours, theirs = (profile(races[driver], edges) for driver in ("agent", "ai"))
@@ -120,8 +104,8 @@ def laps(settings: Laps) -> None:
     for part, choices in enumerate(agent.nvec):
         shares.append((np.bincount(actions[:, part], minlength=choices) / len(actions)).round(4).tolist())
         print(f"choices of part {part}: " + ", ".join(f"{share:.1%}" for share in shares[-1]))
-    result = {"metres": edges.tolist(), "agent": ours, "ai": theirs, "action_shares": shares, "setting": made_on}
-    common.write_json(settings.out, settings, result)
+    found = {"agent": ours, "ai": theirs, "action_shares": shares}
+    common.write_json(settings.out, settings, {"metres": edges.tolist(), **found})
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -132,9 +116,9 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def bootstrap(laps: list[float], ai_laps: list[float], samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Ratios of median laps over races drawn with replacement, (samples,)."""
-    medians = [np.median(rng.choice(times, (samples, len(times))), 1) for times in (laps, ai_laps)]
+def bootstrap(laps: list[float], ai_laps: list[float], rng: np.random.Generator) -> np.ndarray:
+    """Ratios of median laps over races drawn with replacement, (10000,)."""
+    medians = [np.median(rng.choice(times, (10_000, len(times))), 1) for times in (laps, ai_laps)]
     return medians[0] / medians[1]
 
 
@@ -149,7 +133,7 @@ def intervals(settings: Intervals) -> None:
         hits, races = hits + found["finished"], races + count
         if found["lap_times"] and found["ai_lap_times"]:
             ratios.append(float(np.median(found["lap_times"]) / np.median(found["ai_lap_times"])))
-            drawn.append(bootstrap(found["lap_times"], found["ai_lap_times"], settings.samples, rng))
+            drawn.append(bootstrap(found["lap_times"], found["ai_lap_times"], rng))
             low, high = np.quantile(drawn[-1], (0.025, 0.975)).tolist()
             row.update({"of the AI's median": ratios[-1], "from ": low, "to ": high})
         table[str(path)] = row
@@ -162,17 +146,17 @@ def intervals(settings: Intervals) -> None:
     common.write_json(settings.out, settings, {"table": table})
 
 
-def search(wm: Any, args: Any, agent: Any, settings: Ablations, seed: int) -> list[list[float]]:
-    """Validations of a search's mean controller, [generation, frames, mean, standard error] each."""
-    cmaes = wm.CMAES(torch.zeros_like(agent.controller), wm.SIGMA, args.population, seed)
-    drivers, driven, curve = wm.Drivers(args, agent), 0, []
+def search(wm: Any, args: Any, agent: Any, settings: Ablations) -> list[list[float]]:
+    """Validations of the mean controller, [generation, frames, mean, standard error] each."""
+    cmaes = wm.CMAES(torch.zeros_like(agent.controller), wm.SIGMA, args.population, args.seed)
+    drivers, driven, curve = wm.Drivers(args), 0, []
     job = {"limit": args.max_frames}
     for generation in itertools.count():
         over = driven >= settings.frames
         if over or generation % settings.interval == 0:
             mean = cmaes.mean.float().view(1, *agent.controller.shape)
             tracks = range(wm.VALIDATION, wm.VALIDATION + args.validation_tracks)
-            results = drivers.drive(mean, [{**job, "seed": track, "controller": 0} for track in tracks])
+            results = drivers.drive(agent, mean, [{**job, "seed": track, "controller": 0} for track in tracks])
             scores = np.array([result["return"] for result in results])
             curve.append([generation, driven, float(scores.mean()), float(scores.std() / len(scores) ** 0.5)])
             print(f"generation {generation}, {driven} frames: {scores.mean():.1f}", flush=True)
@@ -180,10 +164,10 @@ def search(wm: Any, args: Any, agent: Any, settings: Ablations, seed: int) -> li
             drivers.close()
             return curve
         controllers = cmaes.ask()
-        first = wm.TRAIN + seed * 10_000_000 + generation * args.tracks
+        first = wm.TRAIN + args.seed * 10_000_000 + generation * args.tracks
         pairs = itertools.product(range(first, first + args.tracks), range(len(controllers)))
         jobs = [{**job, "abort": True, "seed": track, "controller": candidate} for track, candidate in pairs]
-        results = drivers.drive(controllers, jobs)
+        results = drivers.drive(agent, controllers, jobs)
         driven += sum(result["frames"] for result in results)
         returns = torch.tensor([result["return"] for result in results]).view(args.tracks, -1)
         cmaes.tell(-returns.mean(0))
@@ -191,7 +175,7 @@ def search(wm: Any, args: Any, agent: Any, settings: Ablations, seed: int) -> li
 
 def ablations(settings: Ablations) -> None:
     wm: Any = importlib.import_module("worldmodel_carracing")
-    kinds = {"all of it": settings.checkpoint, "z alone": settings.checkpoint, "untrained M": settings.checkpoint}
+    kinds = dict.fromkeys(("all of it", "z alone", "untrained M"), settings.checkpoint)
     if settings.first_round:
         kinds["V and M of the first round"] = settings.first_round
     table: dict[str, dict] = {}
@@ -199,10 +183,9 @@ def ablations(settings: Ablations) -> None:
     for seed in range(1, settings.seeds + 1):
         for kind, path in kinds.items():
             checkpoint = wm.load_checkpoint(path)
-            changes = {"population": settings.population, "validation_tracks": settings.validation_tracks}
-            changes = {name: value for name, value in changes.items() if value}
-            args = dataclasses.replace(checkpoint["args"], **changes)
+            args = dataclasses.replace(checkpoint["args"], seed=seed)
             agent = wm.Agent(args)
+            torch.manual_seed(0)
             untrained = wm.Memory()
             wm.load_weights(agent, checkpoint, path)
             if kind == "untrained M":
@@ -212,7 +195,7 @@ def ablations(settings: Ablations) -> None:
                 args.controller_input = "z"
             name = f"{kind}, seed {seed}"
             print(name)
-            curves[name] = search(wm, args, agent, settings, seed)
+            curves[name] = search(wm, args, agent, settings)
             table[name] = dict(zip(("generations", "frames", "validation", "error"), curves[name][-1], strict=True))
             common.write_json(settings.out, settings, {"table": table, "curves": curves})
     common.print_table(table)

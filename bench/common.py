@@ -1,6 +1,5 @@
-"""What the benchmarks beside this file share: processes as Linux knows them, runs' curves, tables, JSON."""
+"""What the benchmarks beside this file share: processes, runs' curves, tables, JSON."""
 
-import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -9,7 +8,6 @@ import json
 import os
 import platform
 import pstats
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,9 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import torch  # before a script, which would change how its threads wait
 
 ROOT = Path(__file__).resolve().parents[1]
+HOME = tempfile.TemporaryDirectory()
 sys.path.insert(0, str(ROOT))  # so that the scripts can be imported
 
 
@@ -39,7 +40,7 @@ def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
 
 
 def megabytes(processes: Iterable[psutil.Process]) -> float:
-    """Memory of processes together; a page that n of them share counts as 1/n of it for each (Pss)."""
+    """Memory of processes together; a page that n of them share counts once (Pss)."""
     found = 0.0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -48,12 +49,12 @@ def megabytes(processes: Iterable[psutil.Process]) -> float:
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of what its children leave behind, so that `end_all` finds it."""
+    """Has this process inherit what its children leave behind, so that `end_all` finds it."""
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
 def end_all() -> None:
-    """Ends whatever this process started that still runs. When it returns their memory is free again."""
+    """Ends whatever this process started that still runs, and waits until it is gone."""
     while left := descendants(os.getpid()):
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -62,12 +63,17 @@ def end_all() -> None:
 
 
 def home(folder: Path | str) -> dict[str, str]:
-    """This process's environment variables, but that games keep their settings and logs in a folder of their own."""
+    """Environment variables with which games keep their settings and logs in this folder."""
     return {**os.environ, "SUPERTUXKART_SAVEDIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
 
 
+def isolate() -> None:
+    """Gives the games that this process starts a home that goes with it."""
+    os.environ.update(home(HOME.name))
+
+
 def run_turn(command: list[str], environment: dict[str, str] | None = None) -> dict:
-    """Runs a command, ends all that it left, and returns the JSON in the last line that it printed."""
+    """Runs a command, ends all that it left, and returns the JSON that it printed last."""
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
@@ -77,31 +83,43 @@ def run_turn(command: list[str], environment: dict[str, str] | None = None) -> d
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def learn(script: str, folder: Path, name: str, typed: list[str]) -> float:
-    """Trains in folder/runs/name until the end, or goes on with what is there; what is done is not done again.
-
-    Returns the most memory that a process of it has held, in GB; 0 where nothing was left to do.
-    """
-    import torch  # here, since peers.py wants it imported at a moment of its own
-
+def learn(script: str, folder: Path, name: str, typed: list[str]) -> None:
+    """Trains in folder/runs/name until the end, or goes on with what is there, if it is not done."""
     run = folder / "runs" / name
     run.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / f"{script}.py")]
     if (run / "last.pt").exists():
         checkpoint = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
         args = checkpoint["args"]
-        if checkpoint["iteration"] == args["total_timesteps"] // (args["num_envs"] * args["num_steps"]):
-            return 0.0
+        decisions = args["num_envs"] * args["num_steps"]
+        if checkpoint["iteration"] == args["total_timesteps"] // decisions:
+            return
         command += ["--resume", f"runs/{name}"]
     else:
         command += ["--name", name, *typed]
-    with (folder / "said").open("w+") as said:
-        process = subprocess.Popen(command, cwd=folder, env=home(folder / "home"), stdout=said, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
-            said.seek(0)
-            sys.exit(f"{name} did not come to its end:\n{said.read()[-3000:]}")
-    return used.ru_maxrss * 1024 / 1e9
+    variables = home(folder / "home")
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} did not come to its end:\n{done.stderr[-3000:]}")
+
+
+def load(script: Any, path: Path, track: str | None, races: int) -> tuple[Any, Any, range]:
+    """A checkpoint's settings, to race on its first track if on no other, network, and races' seeds."""
+    checkpoint = script.load_checkpoint(path)
+    args = dataclasses.replace(checkpoint["args"], eval_episodes=races)
+    args.track = (track or args.track[0],)
+    agent, _ = script.make_agent(args)
+    script.load_weights(agent, checkpoint)
+    return args, agent, range(args.eval_seed, args.eval_seed + races)
+
+
+def places(race: dict) -> np.ndarray:
+    """Where a race went, (T, 4): metres down the track and right of its middle, heading, width."""
+    found, along = np.zeros((len(race["trail"]), 4)), 0.0
+    for i, (_, *point, _) in enumerate(race["trail"]):
+        found[i] = race["geometry"].locate(point, along)
+        along = found[i, 0]
+    return found
 
 
 def flags(**settings: Any) -> list[str]:
@@ -123,10 +141,10 @@ def in_turns(names: list[str], rounds: int) -> Iterable[tuple[int, str]]:
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     """A run's scalars, {tag: [(step, value), ...]}: from its folder, or from a file of metrics."""
-    if path.is_dir() and (path / "metrics.jsonl").exists():  # written by earlier versions of the scripts
+    if path.is_dir() and (path / "metrics.jsonl").exists():  # an earlier version's
         path = path / "metrics.jsonl"
     curves: dict[str, list[tuple[int, float]]] = {}
-    names = {"charts/finish_rate": "charts/finished", "eval/median_lap": "eval/median"}  # in earlier versions
+    names = {"charts/finish_rate": "charts/finished", "eval/median_lap": "eval/median"}  # its names
     if path.is_file():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for number, row in enumerate(rows):
@@ -146,21 +164,25 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def as_text(value: Any) -> str:
     """A cell of a table: numbers with three digits or more."""
-    if not isinstance(value, int | float):
-        return str(value or "")
-    return (
-        str(value) if isinstance(value, int) else f"{value:.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
-    )
+    if not isinstance(value, float):
+        return str(value) if value is not None else ""
+    digits = 3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+    return f"{value:.{digits}f}"
 
 
 def print_table(rows: dict[str, dict]) -> None:
-    """Prints a row for each name and a column for each key, empty where a row has none; lists are left out."""
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row if not isinstance(row[key], list | dict)))
-    first = max(len(name) for name in rows)
-    widths = {key: 2 + max(len(key), *(len(as_text(row.get(key))) for row in rows.values())) for key in keys}
-    print(" " * first + "".join(f"{key:>{widths[key]}}" for key in keys))
+    """Prints a row for each name and a column for each key of the rows, but for lists."""
+    cells: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
-        print(f"{name:{first}}" + "".join(f"{as_text(row.get(key)):>{widths[key]}}" for key in keys), flush=True)
+        shown = {key: as_text(value) for key, value in row.items() if not isinstance(value, list | dict)}
+        for key, text in shown.items():
+            cells.setdefault(key, {})[name] = text
+    first = max(len(name) for name in rows)
+    widths = {key: 2 + max(map(len, [key, *column.values()])) for key, column in cells.items()}
+    print(" " * first + "".join(f"{key:>{width}}" for key, width in widths.items()))
+    for name in rows:
+        line = [f"{cells[key].get(name, ''):>{width}}" for key, width in widths.items()]
+        print(f"{name:{first}}" + "".join(line), flush=True)
 
 
 def medians(rows: list[dict]) -> dict[str, float]:
@@ -169,51 +191,25 @@ def medians(rows: list[dict]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in numbers}
 
 
-def profile_table(source: Any) -> dict[str, dict]:
-    """The 15 functions that a profile (of cProfile, or its file) spends most time in, without what they call."""
-    rows: Any = pstats.Stats(source).stats
+def profile_table(file: Path) -> dict[str, dict]:
+    """The 15 functions that a profile has most time in, without what they call."""
+    rows: Any = vars(pstats.Stats(str(file)))["stats"]
     everything = sum(own for _, _, own, _, _ in rows.values())
     table = {}
-    for (file, line, function), (_, calls, own, total, _) in sorted(rows.items(), key=lambda row: -row[1][2])[:15]:
-        name = function if file == "~" else f"{Path(file).name}:{line} {function}"
+    for place, (_, calls, own, total, _) in sorted(rows.items(), key=lambda row: -row[1][2])[:15]:
+        name = pstats.func_std_string((Path(place[0]).name, *place[1:]))
         table[name] = {"own s": own, "share": own / everything, "total s": total, "calls": calls}
     return table
 
 
-def version(package: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def write_json(path: Path | None, settings: Any, result: dict) -> None:
-    """Writes a result with the settings and the machine that it was made with, where a file is wanted."""
+    """Writes a result, the settings and the machine, where a file is wanted."""
     if path is None:
         return
-    packages = (
-        "torch",
-        "gymnasium",
-        "numpy",
-        "PySuperTuxKart",
-        "PySuperTuxKart2",
-        "stable-baselines3",
-        "box2d",
-    )
-    machine = {
-        "cores": len(os.sched_getaffinity(0)),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := version(name))},
-    }
+    names = ("torch", "gymnasium", "PySuperTuxKart", "PySuperTuxKart2", "stable_baselines3", "box2d")
+    found = {one.name: one.version for one in importlib.metadata.distributions() if one.name in names}
+    cores = len(os.sched_getaffinity(0))
+    machine = {"cores": cores, "platform": platform.platform(), "python": platform.python_version(), **found}
     plain = {name: str(value) for name, value in dataclasses.asdict(settings).items() if name != "out"}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**result, "settings": plain, "machine": machine}, indent=1) + "\n")
-
-
-def isolate() -> None:
-    """Has the games that this process starts keep their settings and logs in a folder that goes with it."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ.update(home(folder))

@@ -1,10 +1,10 @@
 """Learning curves as pictures.
 
-    python bench/figures.py                                            # docs/learning.png, networks-400k.png, ...
-    python bench/figures.py --runs runs/a runs/b --picture curves.png  # of any runs, from their TensorBoard files
+    python bench/figures.py
+    python bench/figures.py --runs runs/a runs/b --picture curves.png
 
-The first draws the pages' pictures from what bench/results holds of earlier runs: learning.png, carracing.png and
-networks-400k.png (networks.py writes such a file).
+The first draws the pages' pictures from what bench/results holds of earlier runs: learning.png,
+carracing.png and networks-400k.png (networks.py writes such a file).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 @dataclasses.dataclass
 class Figures:
-    runs: tuple[Path, ...] = ()  # runs' folders, or metrics files, to draw instead of the pages' pictures
+    runs: tuple[Path, ...] = ()  # runs' folders, or metrics files, to draw instead
     picture: Path = Path("curves.png")  # PNG file for them
     results: Path = common.ROOT / "bench" / "results"  # what earlier runs have left
     docs: Path = common.ROOT / "docs"  # folder for the pages' pictures
@@ -121,7 +121,6 @@ def main(settings: Figures) -> None:
     if settings.runs:
         draw_curves({path.name: common.read_curves(path) for path in settings.runs}, settings.picture)
         return
-    settings.docs.mkdir(exist_ok=True)
     draw_learning(settings.results, settings.docs / "learning.png")
     draw_search(settings.results, settings.docs / "carracing.png")
     draw_curves(networks(settings.results / "networks-400k.json"), settings.docs / "networks-400k.png")

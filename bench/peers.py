@@ -1,21 +1,23 @@
 """Other people's PPO on the same game: how fast they are, and what they learn.
 
-    python bench/peers.py --init-from pretrained/scotland.pt --rounds 3                    # speed
-    python bench/peers.py --peers ours sb3:tuned --iterations 77 --rounds 3 --out FILE     # learning: 160 k decisions
+    python bench/peers.py --init-from pretrained/scotland.pt              # speed
+    python bench/peers.py --peers ours sb3:tuned --iterations 77          # learning, 160 k decisions
 
-Every peer trains on `TuxKart-v0` with the same number of games, the hyperparameters of `ppo_tuxkart.Args`, and the same
-network from the same weights. They take turns, each in a process of its own that ends, with all its games, before the
-next one starts. Every round has a seed of its own. An iteration warms up; the others count.
+Every peer trains on `TuxKart-v0` with the same number of games, the hyperparameters of
+`ppo_tuxkart.Args`, and the same network from the same weights. They take turns, each in a process
+of its own that ends, with all its games, before the next one starts. Every round has a seed of its
+own. An iteration warms up; the others count.
 
     ours     `rollout`, `compute_gae` and `ppo_update` of ppo_tuxkart.py, as its own loop has them
     sb3      Stable-Baselines3's PPO with CnnPolicy on SubprocVecEnv, both as they come
-    cleanrl  a loop in the manner of CleanRL's ppo_atari: AsyncVectorEnv with its defaults, float32 pictures. The step
-             after an episode's end only resets; it learns from that row too, but none is counted here
+    cleanrl  a loop in the manner of CleanRL's ppo_atari: AsyncVectorEnv with its defaults,
+             float32 pictures. The step after an episode's end only resets; it is learnt from, but
+             not counted here
 
-`:tuned` gives a peer what ppo_tuxkart.py does for itself: threads that do not spin, and freed memory that is kept. The
-table gives medians over the rounds: decisions/s, milliseconds a decision, CPU time of the learner's process and of all
-that it started, memory (a shared page counts once), and what the last 100 races from the start line did. The file,
-which holds every iteration, is written after every turn.
+`:tuned` gives a peer what ppo_tuxkart.py does for itself: threads that do not spin, and freed memory
+that is kept. The table gives medians over the rounds: speed, CPU time of the learner's process and of
+all that it started, memory, and what the last 100 races from the start line did. The file holds every
+iteration.
 """
 
 import dataclasses
@@ -34,7 +36,7 @@ import common
 import gymnasium as gym
 import numpy as np
 import psutil
-import torch  # before ppo_tuxkart, which would change how torch's threads wait
+import torch
 import tyro
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -59,19 +61,19 @@ class Peers:
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks learn
     init_from: Path | None = None  # weights to begin with; an untrained kart's episodes are short
     seed: int = 1  # seed of the first round
-    turn: Peer | None = None  # one turn of this peer only, in this process; its figures are the last line printed
+    turn: Peer | None = None  # one turn of this peer, in this process
     out: Path | None = None  # JSON file to write
 
 
 class Turn:
-    """Keeps the figures of one turn. A peer calls it after every iteration, while its games are alive."""
+    """Keeps a turn's figures. A peer calls it after every iteration, while its games are alive."""
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
         self.recent: deque[dict] = deque(maxlen=100)
 
     def __call__(self, decisions: int, sampling: float, learning: float, episodes: list[dict]) -> None:
-        """decisions played, seconds of sampling and of learning, last infos of the episodes that ended."""
+        """decisions, seconds of sampling and of learning, last infos of episodes that ended."""
         self.recent.extend(episode for episode in episodes if episode["from_line"])
         row: dict[str, Any] = {"decisions": decisions, "sampling": sampling, "learning": learning}
         for name in ("return", "progress", "finished") if self.recent else ():
@@ -86,12 +88,15 @@ class Turn:
         """Of all iterations but the first, which has warmed up."""
         first, *warm = self.rows
         last = warm[-1]
-        played, sampling, learning = (sum(row[key] for row in warm) for key in ("decisions", "sampling", "learning"))
+        played = sum(row["decisions"] for row in warm)
+        sampling = sum(row["sampling"] for row in warm)
+        learning = sum(row["learning"] for row in warm)
+        cpu = {f"{party} CPU ms": last["cpu"][party] - first["cpu"][party] for party in last["cpu"]}
         return {
             "decisions/s": played / (sampling + learning),
             "sampling/s": played / sampling,
             "learning ms": 1000 * learning / played,
-            **{f"{party} CPU ms": 1000 * (last["cpu"][party] - first["cpu"][party]) / played for party in last["cpu"]},
+            **{name: 1000 * seconds / played for name, seconds in cpu.items()},
             "MB": first["memory"],
             "minutes": (first["sampling"] + first["learning"] + sampling + learning) / 60,
             **{name: last.get(name, 0.0) for name in ("return", "progress", "finished")},
@@ -106,14 +111,12 @@ def make_game(args: ppo_tuxkart.Args) -> Callable[[], gym.Env]:
 
 
 def give_weights(agent: nn.Module, other: nn.Module) -> None:
-    """Copies our network's weights to a peer's, layer by layer, and so makes sure that it is the same network."""
+    """Copies our network's weights to a peer's, which must have the same layers."""
     for ours, theirs in zip(agent.parameters(), other.parameters(), strict=True):
-        if ours.shape != theirs.shape:
-            raise ValueError(f"The peer's layer is {tuple(theirs.shape)}, ours {tuple(ours.shape)}.")
-        theirs.data.copy_(ours)
+        theirs.data.copy_(ours.view(theirs.shape))
 
 
-# --- The peers: functions of the hyperparameters, our network, and what to call after every iteration ---
+# --- The peers ---
 
 
 def play_ours(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
@@ -140,22 +143,25 @@ def play_sb3(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
     from stable_baselines3.common.vec_env import SubprocVecEnv
 
     size = args.num_envs * args.num_steps
+    ended: list[dict] = []
 
     class Timed(PPO):
         """Times the halves of SB3's own loop."""
 
         def collect_rollouts(self, *args: Any, **settings: Any) -> bool:
-            self.started, self.ended = time.perf_counter(), []
+            ended.clear()
+            self.started = time.perf_counter()
             going_on = super().collect_rollouts(*args, **settings)
             self.sampled = time.perf_counter()
             return going_on
 
         def train(self) -> None:
             super().train()
-            turn(size, self.sampled - self.started, time.perf_counter() - self.sampled, self.ended)
+            turn(size, self.sampled - self.started, time.perf_counter() - self.sampled, ended)
 
-    def keep(local: dict, _: dict) -> None:  # called after every step
-        local["self"].ended += [info for info, done in zip(local["infos"], local["dones"], strict=True) if done]
+    def keep(local: dict, _: dict) -> bool:  # called after every step
+        ended.extend(info for info, done in zip(local["infos"], local["dones"], strict=True) if done)
+        return True
 
     envs = SubprocVecEnv([make_game(args)] * args.num_envs)
     model = Timed(
@@ -191,20 +197,15 @@ class FloatAgent(nn.Module):
         )
         self.actor, self.critic = nn.Linear(512, sum(nvec)), nn.Linear(512, 1)
 
-    def forward(self, pictures: Tensor, actions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pictures (B, C, H, W) -> actions (B, A), sampled unless given; log-probability, entropy, value (B,)."""
+    def forward(self, pictures: Tensor, actions: Tensor | None = None) -> tuple:
+        """Pictures (B, C, H, W) -> actions (B, A), log-probability, entropy, value (B,)."""
         hidden = self.body(pictures / 255.0)
         parts = [Categorical(logits=block) for block in self.actor(hidden).split(self.nvec, -1)]
         if actions is None:
             actions = torch.stack([part.sample() for part in parts], -1)
         logprobs = [part.log_prob(action) for part, action in zip(parts, actions.unbind(-1), strict=True)]
         entropies = [part.entropy() for part in parts]
-        return (
-            actions,
-            torch.stack(logprobs).sum(0),
-            torch.stack(entropies).sum(0),
-            self.critic(hidden).flatten(),
-        )
+        return actions, sum(logprobs), sum(entropies), self.critic(hidden).flatten()
 
 
 def play_cleanrl(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
@@ -236,10 +237,8 @@ def play_cleanrl(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
             for i in np.flatnonzero(infos.get("_end", ())):
                 episodes.append({name: values[i] for name, values in infos.items() if name[0] != "_"})
         with torch.no_grad():
-            following, going_on = (
-                peer(picture)[3],
-                1 - done,
-            )  # a time limit counts as the end, as it does there
+            following = peer(picture)[3]
+        going_on = 1 - done  # a time limit counts as the end, as it does there
         advantages, running = torch.zeros_like(rewards), torch.zeros(args.num_envs, device=device)
         for t in reversed(range(args.num_steps)):
             error = rewards[t] + args.gamma * following * going_on - values[t]
@@ -288,8 +287,7 @@ def play_turn(settings: Peers, peer: str) -> None:
     agent, _ = ppo_tuxkart.make_agent(args)
     if settings.init_from:
         ppo_tuxkart.load_weights(agent, ppo_tuxkart.load_checkpoint(settings.init_from))
-    turn = Turn()
-    PLAY[peer.split(":")[0]](args, agent, turn)
+    PLAY[peer.split(":")[0]](args, agent, turn := Turn())
     print(json.dumps(turn.figures()), flush=True)
 
 
@@ -304,32 +302,22 @@ def environment(peer: str, folder: str) -> dict[str, str]:
 
 def summarize(turns: dict[str, list[dict]]) -> dict[str, dict]:
     """Medians over a peer's turns, and of the rounds' own ratios of our rate to its."""
-    table = {}
-    for peer, rows in turns.items():
-        pairs = list(zip(turns.get("ours", []), rows, strict=False))
-        if rows:
-            table[peer] = common.medians(rows)
-        if pairs:
-            ratios = [ours["decisions/s"] / row["decisions/s"] for ours, row in pairs]
-            table[peer]["ours is"] = statistics.median(ratios)
+    table = {peer: common.medians(rows) for peer, rows in turns.items() if rows}
+    for peer, row in table.items():
+        pairs = zip(turns.get("ours", []), turns[peer], strict=False)
+        ratios = [ours["decisions/s"] / other["decisions/s"] for ours, other in pairs]
+        row["ours is"] = statistics.median(ratios) if ratios else None
     return table
 
 
 def main(settings: Peers) -> None:
-    peers = list(settings.peers)
-    if not common.version("stable-baselines3"):
-        print("Stable-Baselines3 is left out: type pip install -r bench/requirements.txt")
-        peers = [peer for peer in peers if not peer.startswith("sb3")]
-    if not peers:
-        sys.exit("Nobody is left to measure: type --peers ours cleanrl.")
     common.adopt_orphans()
-    turns: dict[str, list[dict]] = {peer: [] for peer in peers}
-    for number, peer in common.in_turns(peers, settings.rounds):
+    turns: dict[str, list[dict]] = {peer: [] for peer in settings.peers}
+    for number, peer in common.in_turns(list(turns), settings.rounds):
         passed = {**vars(settings), "seed": settings.seed + number, "turn": peer}
         words = common.flags(**{key: passed[key] for key in passed.keys() - {"peers", "rounds", "out"}})
-        command = [sys.executable, __file__, *words]
         with tempfile.TemporaryDirectory() as folder:
-            turns[peer].append(common.run_turn(command, environment(peer, folder)))
+            turns[peer].append(common.run_turn([sys.executable, __file__, *words], environment(peer, folder)))
         print(f"round {number + 1}, {peer}: {turns[peer][-1]['decisions/s']:.0f} decisions/s", flush=True)
         common.write_json(settings.out, settings, {"table": summarize(turns), "turns": turns})
     print(f"\n{settings.num_envs} games, {settings.threads} threads, medians of {settings.rounds} rounds")

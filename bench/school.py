@@ -1,13 +1,14 @@
 """What each reward and each set of actions teaches.
 
-    python bench/school.py --folder FOLDER --decisions 65536 --init-from pretrained/scotland.pt --actions --out FILE
-    python bench/school.py --folder FOLDER --decisions 160000 --rewards --script ppo_tuxkart_resnet --out FILE
+    python bench/school.py --folder FOLDER --actions --init-from pretrained/scotland.pt
+    python bench/school.py --folder FOLDER --rewards --decisions 160000
 
-Trains briefly with one of them at a time, all else as it is by default, from nothing or from a checkpoint's weights,
-and races what was learnt greedily from the evaluation's starts. The table says how it drives: speed, distance from the
-middle in halves of the road's width, how fast it moves sideways, how far its direction is from the road's, time off the
-road, and the correlation of return and lap time while it learnt. The picture shows the laps. FOLDER keeps the runs, and
-what is done is not done again.
+Trains briefly with one of them at a time, all else as it is by default, from nothing or from a
+checkpoint's weights, and races what was learnt greedily from the evaluation's starts. The table
+says how it drives: speed, distance from the middle in halves of the road's width, how fast it moves
+sideways, how far its direction is from the road's, time off the road, and the correlation of return
+and lap time while it learnt. The picture shows the laps. FOLDER keeps the runs, and what is done is
+not done again.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ from matplotlib.figure import Figure
 class School:
     folder: Path  # where to learn; runs/NAME stays there for each
     script: Literal["ppo_tuxkart", "ppo_tuxkart_resnet"] = "ppo_tuxkart"  # which script
-    rewards: tuple[str, ...] | None = None  # rewards, with the default actions (default: all)
-    actions: tuple[str, ...] | None = None  # sets of actions, with the default reward (default: all but drive)
+    rewards: tuple[str, ...] = ("all",)  # rewards, with the default actions
+    actions: tuple[str, ...] = ("all",)  # sets of actions, with the default reward
     track: str = "scotland"  # where the kart learns
     decisions: int = 300_000  # decisions of each training
     init_from: Path | None = None  # checkpoint that each begins with, which is raced as well
@@ -43,11 +44,7 @@ def style(races: list[dict]) -> dict[str, float]:
     """How it drives, averaged over all moments of all races."""
     moments: dict[str, list[float]] = {"speed": [], "from_middle": [], "sideways": [], "angle": []}
     for race in races:
-        trail, along = np.array(race["trail"]), 0.0  # (T, 5): clock, x, y, z, speed
-        places = np.zeros((len(trail), 4))  # down the track, offset, the road's heading and width
-        for i, point in enumerate(trail[:, 1:4]):
-            places[i] = race["geometry"].locate(point, along)
-            along = places[i, 0]
+        trail, places = np.array(race["trail"]), common.places(race)  # clock, x, y, z, speed
         seconds, moved = np.diff(trail[:, 0]), np.diff(trail[:, [1, 3]], axis=0)
         metres = np.hypot(*moved.T)
         drove = (seconds > 0) & (metres > 0.1) & (metres < 20)  # neither stood nor was rescued
@@ -64,7 +61,6 @@ def draw(script: Any, laps: dict[str, list[dict]], table: dict[str, dict], path:
     """The laps after each training, on a map each."""
     rows = -(-len(laps) // 4)
     figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for number, (name, races) in enumerate(laps.items()):
         picture = FigureCanvasAgg(script.draw_map(races))
         picture.draw()
@@ -78,12 +74,12 @@ def draw(script: Any, laps: dict[str, list[dict]], table: dict[str, dict], path:
 def main(settings: School) -> None:
     common.isolate()
     script: Any = importlib.import_module(settings.script)
-    actions = settings.actions
-    if actions is None:
-        actions = tuple(name for name in script.ACTIONS if name != "drive")
+    rewards = tuple(script.REWARDS) if settings.rewards == ("all",) else settings.rewards
+    actions = (
+        tuple(script.ACTIONS)[1:] if settings.actions == ("all",) else settings.actions
+    )  # the first is the default
     if settings.init_from and actions:
         sys.exit("Weights fit no other set of actions: type --actions with nothing after it.")
-    rewards = tuple(script.REWARDS) if settings.rewards is None else settings.rewards
     trainings = {f"reward {name}": ["--reward", name] for name in rewards}
     trainings.update({f"actions {name}": ["--actions", name] for name in actions})
     general = common.flags(track=settings.track, total_timesteps=settings.decisions, eval_interval=0)
@@ -100,11 +96,8 @@ def main(settings: School) -> None:
     table: dict[str, dict] = {}
     laps = {}
     for name, path in checkpoints.items():
-        checkpoint = script.load_checkpoint(path)
-        args = dataclasses.replace(checkpoint["args"], track=(settings.track,), eval_episodes=settings.races)
-        agent, _ = script.make_agent(args)
-        script.load_weights(agent, checkpoint)
-        laps[name] = script.race_all(args, agent, range(args.eval_seed, args.eval_seed + settings.races))
+        args, agent, seeds = common.load(script, path, settings.track, settings.races)
+        laps[name] = script.race_all(args, agent, seeds)
         table[name] = {**script.summarize(laps[name]), **style(laps[name]), "return_lap_correlation": None}
         if name in trainings:
             curve = common.read_curves(path.parent).get("charts/return_lap_correlation", [(0, None)])

@@ -1,10 +1,10 @@
 """How fast scripts learn, side by side in one run, in turns.
 
     python bench/speed.py ppo_tuxkart.py
-    python bench/speed.py /path/to/old/ppo_tuxkart.py ppo_tuxkart.py --rounds 3 --bare --profile --out speed.json
+    python bench/speed.py /path/to/old/ppo_tuxkart.py ppo_tuxkart.py --bare --profile --out FILE
 
-Each script is started as its users start it, for a short training without evaluations, in an empty folder. The table
-gives medians over the rounds:
+Each script is started as its users start it, for a short training without evaluations, in an empty
+folder. The table gives medians over the rounds:
 
     decisions/s       from the end of the first iteration to the end of the last one that counts, by the clock
     of the first      that beside the first script's, the median of the rounds' own ratios
@@ -15,9 +15,11 @@ gives medians over the rounds:
     CPU ms            time of the learner's process, and of all that it started, for a decision
     MB                memory of both, in an iteration after those that count; shared pages are counted once
 
-`--bare` adds game processes that do nothing but step, driven around the track by the game's own AI: with drawing, where
-each copies the picture as well, and without. `--profile` has each script train once more and shows where the learner's
-process spends an iteration; cProfile makes what calls much Python slower than it is.
+`--ranks 1 2` starts each script with torchrun as well, on two ranks that share the games; "learner"
+is torchrun then. `--bare` adds game processes that do nothing but step, driven around the track by
+the game's own AI: with drawing, where each copies the picture as well, and without. `--profile` has
+each script train once more and shows where the learner's process spends an iteration; cProfile
+makes what calls much Python slower than it is.
 """
 
 import dataclasses
@@ -43,11 +45,12 @@ class Speed:
     scripts: tyro.conf.Positional[tuple[Path, ...]]  # script files
     rounds: int = 3  # turns of each
     iterations: int = 3  # iterations that count, after one that warms up
-    num_envs: int = 16  # games
+    ranks: tuple[int, ...] = (1,)  # numbers of torchrun's processes to start each script with
+    num_envs: int = 16  # games, all ranks together
     num_steps: int = 128  # decisions per game and iteration
     track: str = "scotland"  # track to drive
     engine: str = "auto"  # game bindings
-    init_from: Path | None = None  # checkpoint to begin with; an untrained kart's episodes are short
+    init_from: Path | None = None  # checkpoint to begin with (default: an untrained kart)
     options: str = ""  # more flags for every script: --options="--num-karts 3"
     bare: bool = False  # also measure games that only step
     seconds: float = 10.0  # time for each measurement of those
@@ -55,22 +58,23 @@ class Speed:
     out: Path | None = None  # JSON file to write
 
 
-def start(settings: Speed, script: Path, folder: Path, iterations: int, profile: Path | None) -> subprocess.Popen:
-    """Starts a training that notes in folder/log what it does; see watch.py."""
-    (folder / "hook").mkdir()
+def start(settings: Speed, turn: tuple[Path, int], folder: Path, iterations: int, profile: bool) -> subprocess.Popen:
+    """Starts a training of a script on some ranks, which notes what it does; see watch.py."""
+    script, ranks = turn
     watcher = Path(__file__).with_name("watch.py")
     hook = f"import runpy, sys\nif {str(script)!r} in sys.argv[:1]:\n    runpy.run_path({str(watcher)!r})\n"
-    (folder / "hook" / "sitecustomize.py").write_text(hook)  # Python runs it first
-    variables = common.home(folder) | {"PYTHONPATH": str(folder / "hook"), "WATCH_LOG": str(folder / "log")}
+    (folder / "sitecustomize.py").write_text(hook)  # Python runs it first
+    variables = {**common.home(folder), "PYTHONPATH": str(folder), "WATCH_LOG": str(folder / "log")}
     if profile:
-        variables["WATCH_PROFILE"] = str(profile)
+        variables["WATCH_PROFILE"] = str(folder / "profile")
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     total = iterations * settings.num_envs * settings.num_steps
-    sizes = common.flags(num_envs=settings.num_envs, num_steps=settings.num_steps, total_timesteps=total)
-    command = [sys.executable, str(script), "--name", "speed", "--eval-interval", "0", *sizes]
-    command += common.flags(track=settings.track, engine=settings.engine)
-    if settings.init_from:
-        command += ["--init-from", str(settings.init_from.resolve())]
-    command += shlex.split(settings.options)
+    command += [str(script), "--name", "speed", "--eval-interval", "0", *shlex.split(settings.options)]
+    command += common.flags(num_envs=settings.num_envs // ranks, num_steps=settings.num_steps, total_timesteps=total)
+    init_from = settings.init_from and settings.init_from.resolve()
+    command += common.flags(track=settings.track, engine=settings.engine, init_from=init_from)
     with (folder / "said").open("w") as said:
         return subprocess.Popen(command, cwd=folder, stdout=said, stderr=said, env=variables)
 
@@ -91,11 +95,11 @@ def wait_for_updates(process: subprocess.Popen, folder: Path, count: int) -> Non
         time.sleep(0.02)
 
 
-def play_turn(settings: Speed, script: Path) -> dict[str, float]:
+def play_turn(settings: Speed, turn: tuple[Path, int]) -> dict[str, float]:
     """One training of a script. Returns its figures."""
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.time()
-        process = start(settings, script, folder, settings.iterations + 2, None)
+        process = start(settings, turn, folder, settings.iterations + 2, False)
         try:
             wait_for_updates(process, folder, 1)
             parties = {"learner": [psutil.Process(process.pid)], "games": common.descendants(process.pid)}
@@ -118,25 +122,25 @@ def play_turn(settings: Speed, script: Path) -> dict[str, float]:
         "sampling/s": decisions / (seconds - spent),
         "learning ms": 1000 * spent / decisions,
         "first decision s": first_decision,
-        **{f"{party} CPU ms": 1000 * time / decisions for party, time in used.items()},
+        **{f"{party} CPU ms": 1000 * cpu / decisions for party, cpu in used.items()},
         **{f"{party} MB": size for party, size in memory.items()},
     }
 
 
-def profile_iteration(settings: Speed, script: Path) -> dict[str, dict]:
+def profile_iteration(settings: Speed, turn: tuple[Path, int]) -> dict[str, dict]:
     """Where the learner's process spends an iteration."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        process = start(settings, script, folder, 3, folder / "profile")
+        process = start(settings, turn, folder, 3, True)
         try:
             wait_for_updates(process, folder, 3)  # the profile was written after the second
-            return common.profile_table(str(folder / "profile"))
+            return common.profile_table(folder / "profile")
         finally:
             common.end_all()
 
 
 def bare_game(settings: Speed, drawing: bool, ready: Any, counts: Any) -> None:
-    """Steps one game for some seconds, in a process of its own. ready: a barrier; counts: a queue of steps."""
+    """Steps one game, in a process of its own. ready: a barrier; counts: a queue of steps."""
     import ppo_tuxkart
 
     versions, _ = ppo_tuxkart.find_game(settings.engine)
@@ -170,9 +174,8 @@ def play_bare(settings: Speed, drawing: bool) -> dict[str, float]:
     ready, counts = context.Barrier(settings.num_envs), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(common.home(folder))
-        games = [
-            context.Process(target=bare_game, args=(settings, drawing, ready, counts)) for _ in range(settings.num_envs)
-        ]
+        work = (settings, drawing, ready, counts)
+        games = [context.Process(target=bare_game, args=work) for _ in range(settings.num_envs)]
         try:
             for game in games:
                 game.start()
@@ -185,10 +188,13 @@ def play_bare(settings: Speed, drawing: bool) -> dict[str, float]:
 
 
 def main(settings: Speed) -> None:
-    scripts = {str(script): script.resolve() for script in settings.scripts}
-    for name, script in scripts.items():
+    scripts = {}
+    for script in settings.scripts:
         if not script.is_file():
-            sys.exit(f"There is no script {name}: type the path of a ppo_tuxkart.py.")
+            sys.exit(f"There is no script {script}: type the path of a ppo_tuxkart.py.")
+        for ranks in settings.ranks:
+            name = str(script) if ranks == 1 else f"{script}, {ranks} ranks"
+            scripts[name] = (script.resolve(), ranks)
     bare = {"bare game": True, "bare, not drawn": False} if settings.bare else {}
     common.adopt_orphans()
     turns: dict[str, list[dict]] = {name: [] for name in [*scripts, *bare]}
@@ -207,8 +213,8 @@ def main(settings: Speed) -> None:
     common.print_table(table)
     result: dict[str, Any] = {"table": table, "turns": turns, "profiles": {}}
     common.write_json(settings.out, settings, result)
-    for name, script in scripts.items() if settings.profile else ():
-        result["profiles"][name] = profile_iteration(settings, script)
+    for name, turn in scripts.items() if settings.profile else ():
+        result["profiles"][name] = profile_iteration(settings, turn)
         print(f"\nWhere the learner of {name} spends an iteration")
         common.print_table(result["profiles"][name])
         common.write_json(settings.out, settings, result)

@@ -1,8 +1,10 @@
-"""Looks on while a training script runs, for speed.py, which has Python run this file before the script.
+"""Looks on while a training script runs, for speed.py, which has Python run this file before the
+script.
 
-A thread waits until the script has defined `choose_actions` and `ppo_update`, and puts functions around them that
-append a line to the file $WATCH_LOG: "decision", "learning" and "learnt" with the time, in seconds since 1970. With
-$WATCH_PROFILE the learner is profiled from the end of the first update to the end of the second one.
+A thread waits until the script has defined `choose_actions` and `ppo_update`, and puts functions
+around them that append a line to the file $WATCH_LOG: "decision", "learning" and "learnt" with the
+time, in seconds since 1970. With $WATCH_PROFILE the learner is profiled from the end of the first
+update to the end of the second one.
 """
 
 import cProfile
@@ -48,4 +50,5 @@ def watch() -> None:
     script.choose_actions, script.ppo_update = first_choice, watched_update
 
 
-threading.Thread(target=watch, daemon=True).start()
+if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+    threading.Thread(target=watch, daemon=True).start()

@@ -3,17 +3,17 @@
     python bench/worldmodel.py speed --seconds 8 --out FILE
     python bench/worldmodel.py worlds pretrained/carracing.pt --episodes 50 --out FILE
 
-speed: frames a second of the loop that searches a controller (environment, V, M and C, in a process for each core) over
-FastCarRacing, which draws one frame for each action, and over Gymnasium's own CarRacing-v3, which draws them all; of
-ctallec/world-models' way to drive, written anew: a process a core with Gymnasium's environment and a call of V (its
-decoder too), M and C for every single frame; in turns. Then steps a second of the dream, and where the first loop spends
-its time. Weights are random: they cost what learnt ones cost.
+speed: frames a second of the loop that searches a controller (environment, V, M and C, in a process
+for each core) over FastCarRacing, which draws one frame for each action, and over Gymnasium's own
+CarRacing-v3, which draws them all, in turns; then steps a second of the dream. Weights are random:
+they cost what learnt ones cost.
 
-worlds: what an agent returns on the same tracks in FastCarRacing and in Gymnasium's CarRacing-v3, and what random driving
-gets there: the script's own, which collects the first footage, and actions drawn evenly, each held as long as the agent's.
+worlds: what an agent returns on the same tracks in FastCarRacing and in Gymnasium's CarRacing-v3,
+and what random driving gets in the latter: the script's own, which collects the first footage, and
+actions drawn evenly, each held as long as the agent's.
 """
 
-import cProfile
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -37,8 +37,6 @@ WORLDS = {"FastCarRacing": wm.FastCarRacing, "Gymnasium's": wm.gymnasium_car_rac
 
 @dataclasses.dataclass
 class Speed:
-    """How fast its parts are."""
-
     seconds: float = 20.0  # time for each measurement
     rounds: int = 3  # turns of each; the medians count
     out: Path | None = None  # JSON file to write
@@ -46,8 +44,6 @@ class Speed:
 
 @dataclasses.dataclass
 class Worlds:
-    """What is returned where."""
-
     checkpoint: tyro.conf.Positional[Path]  # agent that drives
     episodes: int = 100  # tracks in each world
     seed: int = 1000  # seed of the first track
@@ -55,36 +51,13 @@ class Worlds:
     out: Path | None = None  # JSON file to write
 
 
-def loop_speed(drivers: wm.Drivers, controllers: torch.Tensor, seconds: float) -> float:
+def loop_speed(drivers: Any, agent: Any, controllers: torch.Tensor, world: Any, seconds: float) -> float:
     """Frames a second of all processes together, over about so many seconds."""
     seeds, frames, started = itertools.count(), 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        jobs = [
-            {"seed": next(seeds), "controller": i % len(controllers), "limit": 200} for i in range(wm.SLOTS * CORES)
-        ]
-        frames += sum(result["frames"] for result in drivers.drive(controllers, jobs))
-    return frames / (time.perf_counter() - started)
-
-
-@torch.no_grad()
-def single_frames(number: int, seconds: float) -> float:
-    """Frames a second of one process that looks at one picture at a time. Runs in a process of its own."""
-    torch.set_num_threads(1)
-    agent, controller, frames = wm.Agent(wm.Args()), 0.05 * torch.randn(1, 3, 289), 0
-    env = gym.wrappers.TimeLimit(wm.gymnasium_car_racing(), 200)
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        (picture, _), state, over = env.reset(seed=1000 * number + frames), None, False
-        hidden = torch.zeros(1, wm.HIDDEN)
-        while not over:
-            z, _ = agent.vision.encode(torch.from_numpy(picture)[None])
-            agent.vision.decode(z)
-            action = wm.squash(wm.wanted_actions(z, hidden, controller))
-            out, state = agent.memory(z[None], action[None], state)
-            agent.memory.foretell(out)
-            hidden = out[0]
-            picture, _, terminated, truncated, _ = env.step(action[0].numpy())
-            frames, over = frames + 1, terminated or truncated
+        numbers = range(wm.SLOTS * CORES)
+        jobs = [{"seed": next(seeds), "controller": i % len(controllers), "limit": 200} for i in numbers]
+        frames += sum(result["frames"] for result in drivers.drive(agent, controllers, jobs, world))
     return frames / (time.perf_counter() - started)
 
 
@@ -101,34 +74,17 @@ def dream_speed(agent: wm.Agent, controllers: torch.Tensor, seconds: float) -> f
     return count / (time.perf_counter() - started)
 
 
-def profile_loop(agent: wm.Agent, controllers: torch.Tensor) -> dict[str, dict]:
-    """Where `drive` spends its time, in this process alone, with one thread."""
-    torch.set_num_threads(1)
-    jobs = iter([{"index": i, "seed": i, "controller": i, "limit": 200} for i in range(wm.SLOTS)])
-    envs: list[Any] = [wm.FastCarRacing() for _ in range(wm.SLOTS)]
-    profiler = cProfile.Profile()
-    profiler.runcall(wm.drive, envs, agent, controllers, lambda: next(jobs, None))
-    return common.profile_table(profiler)
-
-
 def speed(settings: Speed) -> None:
     torch.manual_seed(0)
     args = wm.Args(workers=CORES)
     agent, controllers = wm.Agent(args), torch.randn(64, 3, 289) * 0.05
-    drivers = {name: wm.Drivers(args, agent, world) for name, world in WORLDS.items()}
-    for pool in drivers.values():  # starts what starts once
-        pool.drive(controllers, [{"seed": i, "controller": i, "limit": 5} for i in range(wm.SLOTS * CORES)])
-    turns: dict[str, list[float]] = {name: [] for name in (*WORLDS, "single frames")}
-    with multiprocessing.get_context("spawn").Pool(CORES) as pool:
+    turns: dict[str, list[float]] = {name: [] for name in WORLDS}
+    with contextlib.closing(wm.Drivers(args)) as drivers:
+        for world in WORLDS.values():  # starts what starts once
+            loop_speed(drivers, agent, controllers, world, 0.1)
         for number, name in common.in_turns(list(turns), settings.rounds):
-            if name in drivers:
-                rate = loop_speed(drivers[name], controllers, settings.seconds)
-            else:
-                rate = sum(pool.starmap(single_frames, [(i, settings.seconds) for i in range(CORES)], chunksize=1))
-            turns[name].append(rate)
-            print(f"round {number + 1}, {name}: {rate:.0f} frames/s", flush=True)
-    for each in drivers.values():
-        each.close()
+            turns[name].append(loop_speed(drivers, agent, controllers, WORLDS[name], settings.seconds))
+            print(f"round {number + 1}, {name}: {turns[name][-1]:.0f} frames/s", flush=True)
     fast = turns["FastCarRacing"]
     table = {}
     for name, rates in turns.items():
@@ -136,9 +92,7 @@ def speed(settings: Speed) -> None:
         table[name] = {"frames/s": statistics.median(rates), "the first is": ratio}
     table["the dream"] = {"frames/s": dream_speed(agent, controllers, settings.seconds)}
     common.print_table(table)
-    profile = profile_loop(agent, controllers)
-    common.print_table(profile)
-    common.write_json(settings.out, settings, {"table": table, "turns": turns, "profile": profile})
+    common.write_json(settings.out, settings, {"table": table, "turns": turns})
 
 
 def drive_evenly(seed: int, repeat: int, limit: int) -> float:
@@ -146,15 +100,14 @@ def drive_evenly(seed: int, repeat: int, limit: int) -> float:
     env = gym.make("CarRacing-v3", max_episode_steps=limit)
     env.reset(seed=seed)
     env.action_space.seed(seed)
-    earned, over = 0.0, False
-    while not over:
-        action = env.action_space.sample()
-        for _ in range(repeat):
-            _, reward, terminated, truncated, _ = env.step(action)
-            earned, over = earned + float(reward), terminated or truncated
-            if over:
-                break
-    return earned
+    earned = 0.0
+    for frame in itertools.count():
+        if frame % repeat == 0:
+            action = env.action_space.sample()
+        _, reward, terminated, truncated, _ = env.step(action)
+        earned += float(reward)
+        if terminated or truncated:
+            return earned
 
 
 def worlds(settings: Worlds) -> None:
@@ -164,15 +117,14 @@ def worlds(settings: Worlds) -> None:
     wm.load_weights(agent, checkpoint, settings.checkpoint)
     seeds = range(settings.seed, settings.seed + settings.episodes)
     jobs: list[dict] = [{"seed": seed, "controller": 0, "limit": settings.limit} for seed in seeds]
-    returns = {}
-    for name, world in WORLDS.items():
-        drivers = wm.Drivers(args, agent, world)
-        returns[f"the agent, {name}"] = drivers.drive(agent.controller[None], jobs)
-        if world is wm.gymnasium_car_racing:
-            random = drivers.drive(agent.controller[None], [{**job, "noise": (0, 0)} for job in jobs])
-        drivers.close()
-    scores = {name: [result["return"] for result in results] for name, results in returns.items()}
-    scores["random, as it collects"] = [result["return"] for result in random]
+    at_random = [{**job, "noise": (0, 0)} for job in jobs]
+    drives = {f"the agent, {name}": (jobs, world) for name, world in WORLDS.items()}
+    drives["random, as it collects"] = (at_random, wm.gymnasium_car_racing)
+    scores = {}
+    with contextlib.closing(wm.Drivers(args)) as drivers:
+        for name, (asked, world) in drives.items():
+            results = drivers.drive(agent, agent.controller[None], asked, world)
+            scores[name] = [result["return"] for result in results]
     with multiprocessing.get_context("spawn").Pool(CORES) as pool:
         scores["random, evenly"] = pool.starmap(drive_evenly, [(i, args.action_repeat, settings.limit) for i in seeds])
     table = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import re
@@ -28,12 +29,11 @@ import ppo_tuxkart  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has its jobs, and theirs, ignore it
 
 
-def installed(engine):
+INSTALLED = []
+for name in ppo_tuxkart.ENGINES:
     with contextlib.suppress(ppo_tuxkart.UsageError):
-        return ppo_tuxkart.find_game(engine)[0]["engine"] == engine
-
-
-INSTALLED = [engine for engine in ppo_tuxkart.ENGINES if installed(engine)]
+        ppo_tuxkart.find_game(name)
+        INSTALLED.append(name)
 slow = pytest.mark.slow
 
 
@@ -52,36 +52,33 @@ def engine(request):
     return request.param
 
 
-def in_own_process(test):
-    """Runs a test in a process of its own, which is forked, since a process runs one game."""
+def in_own_process(function):
+    """The function, run in a forked process each time, since a process runs one game: its result, or its failure."""
     context = multiprocessing.get_context("fork")
 
-    @functools.wraps(test)
-    def run_test(*args, **kwargs):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
         receiver, sender = context.Pipe(False)
 
         def work():
             try:
-                test(*args, **kwargs)
-                sender.send("")
+                sender.send((function(*args, **kwargs), None))
             except BaseException:
-                sender.send(traceback.format_exc())
+                sender.send((None, traceback.format_exc()))
 
         process = context.Process(target=work)
         process.start()
         sender.close()
         try:
             assert receiver.poll(300), "no answer in 300 s"
-            with contextlib.suppress(EOFError):
-                failure = receiver.recv()
-                assert not failure, failure
-                return
-            pytest.fail("the process died")
+            result, failure = receiver.recv()
+            assert failure is None, failure
+            return result
         finally:
             process.kill()
             process.join()
 
-    return run_test
+    return call
 
 
 def command(script, *args, patch=""):
@@ -104,9 +101,7 @@ class Started:
     def __init__(self, *args, cwd, script="ppo_tuxkart", patch=""):
         self.file = cwd / "output.txt"
         with open(self.file, "w") as output:
-            self.process = subprocess.Popen(
-                command(script, *args, patch=patch), cwd=cwd, stdout=output, stderr=output
-            )
+            self.process = subprocess.Popen(command(script, *args, patch=patch), cwd=cwd, stdout=output, stderr=output)
 
     def __enter__(self):
         return self
@@ -136,34 +131,24 @@ class Started:
         return self.process.wait(seconds), self.output()
 
     def games(self):
-        """Ids of the processes that the script has started, by any of its threads, and that still run."""
-        return children(self.process.pid)
-
-
-def children(pid):
-    found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread that has ended
-            found += [int(child) for child in file.read_text().split()]
-    return found
+        """Ids of the processes that the script has started, by any of its threads."""
+        lists = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for file in lists for pid in file.read_text().split()]
 
 
 def alive(pids):
     """Those of the processes that still run, after a moment of grace."""
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        pids = [pid for pid in pids if is_running(pid)]
-        if not pids:
-            break
+    while pids and time.monotonic() < deadline:
         time.sleep(0.1)
+        pids = [pid for pid in pids if is_running(pid)]
     return pids
 
 
 def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    with contextlib.suppress(OSError):
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    return False
 
 
 CLOCK = {"charts/SPS", "charts/sampling_SPS", "charts/elapsed_seconds", "charts/update_seconds"}
@@ -175,5 +160,6 @@ def metrics(folder):
     rows = {}
     for tag in set(board.Tags()["scalars"]) - CLOCK:
         for event in board.Scalars(tag):
-            rows.setdefault(event.step, {})[tag] = event.value
+            value = event.value
+            rows.setdefault(event.step, {})[tag] = None if math.isnan(value) else value
     return dict(sorted(rows.items()))

@@ -42,7 +42,6 @@ def flags(name: str) -> int:
 
 
 def measure_script(name: str) -> dict[str, tuple[float, float]]:
-    """What is measured of a script: how large it is, and how large it may be."""
     lines, most_flags, definitions, network = SCRIPTS[name]
     text = (ROOT / f"{name}.py").read_text()
     tree = list(ast.walk(ast.parse(text)))
@@ -71,7 +70,7 @@ def measure_script(name: str) -> dict[str, tuple[float, float]]:
 
 
 def measure() -> dict[str, tuple[float, float]]:
-    """What is measured of everything: how large it is, and how large it may be."""
+    """Of everything how large it is, and how large it may be."""
     found = {}
     for name in SCRIPTS:
         found.update(measure_script(name))

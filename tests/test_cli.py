@@ -3,10 +3,11 @@
 import dataclasses
 import multiprocessing
 import sys
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, run, slow
+from conftest import ROOT, slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,19 +15,14 @@ import ppo_tuxkart
 from ppo_tuxkart import UsageError
 
 MISTAKES = {
-    "--reward progess": "type progress, or one of",
     "--reward zigzag:much": "type zigzag:0.5",
     "--speeds 16 8": "the slowest first: type --speeds 8 16 24",
-    "--speeds 0 8": "type --speeds 8 16 24",
     "--target-kl -1": "target-kl is -1.0: type a number from 0",
     "--speed-curriculum 2": "type --speed-cap 8 as well",
-    "--num-karts 21": "type a number from 1 to 20",
     "--epsilon nan": "type a number from 0 to 1",
     "--track scotlnd": "There is no track scotlnd: type scotland",
     "--track battleisland": "There is no track battleisland",
-    "--num-envs 0": "num-envs is 0: type a number from 1",
     "--num-envs 3 --num-steps 5": "type another --num-minibatches",
-    "--num-minibatches 2048": "type another --num-minibatches",
     "--total-timesteps 5": "type 2048 or more",
     "--track abyss hacienda --num-envs 1": "type --num-envs 2 or more",
     "--evaluate nothing.pt": "There is no checkpoint nothing.pt",
@@ -84,12 +80,6 @@ def test_mistakes_are_one_sentence(arguments, files, monkeypatch, capfd):
     assert not multiprocessing.active_children() and sorted(files.rglob("*")) == before
 
 
-def test_a_mistake_as_a_user_makes_it(tmp_path):
-    finished = run("--track", "scotlnd", cwd=tmp_path)
-    assert finished.returncode == 2 and finished.stdout == "" and finished.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
 def test_help_explains_every_flag(monkeypatch, capfd):
     code, said = start(["--help"], monkeypatch, capfd)
     assert code == 0 and "python ppo_tuxkart.py --track scotland" in said
@@ -99,7 +89,10 @@ def test_help_explains_every_flag(monkeypatch, capfd):
     assert "seconds of game time for which an action is held" in said
 
 
-def test_a_device_that_is_not_there_is_said(monkeypatch):
+def test_a_device_or_an_engine_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(ppo_tuxkart, "ENGINES", {"pystk": "no-such-package"})
+    with pytest.raises(UsageError, match=r"type \./install\.sh"):
+        ppo_tuxkart.find_game("auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert ppo_tuxkart.pick_device("auto").type == "cpu"
     with pytest.raises(UsageError, match="--device cpu"):
@@ -110,70 +103,27 @@ def test_a_device_that_is_not_there_is_said(monkeypatch):
         ppo_tuxkart.pick_device("auto")
 
 
-def test_an_engine_that_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(ppo_tuxkart, "ENGINES", {"pystk": "no-such-package"})
-    with pytest.raises(UsageError, match=r"type \./install\.sh"):
-        ppo_tuxkart.find_game("auto")
-
-
 def test_a_crash_while_saving_leaves_the_old_checkpoint(monkeypatch, tmp_path):
     ppo_tuxkart.save({"value": 1}, tmp_path / "last.pt")
-
-    def crash(*_):
-        raise OSError("disk full")
-
     for owner, name in ((torch, "save"), (ppo_tuxkart.os, "replace")):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, crash)
+            patch.setattr(owner, name, mock.Mock(side_effect=OSError("disk full")))
             with pytest.raises(OSError):
                 ppo_tuxkart.save({"value": 2}, tmp_path / "last.pt")
         assert torch.load(tmp_path / "last.pt", weights_only=True) == {"value": 1}
 
 
-WORDS = st.one_of(
-    st.sampled_from(
-        ["scotland", "progress:2", "drive", "cpu", "auto", "True", "", "-", "--", "nan", "inf", "-1"]
-    ),
-    st.integers(-(10**12), 10**12).map(str),
-    st.floats().map(str),
-    st.text(max_size=8),
-)
 FLAGS = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ppo_tuxkart.Args)] + ["--x"]
+WORDS = st.sampled_from(["scotland", "progress:2", "cpu", "True", "", "-", "nan"]) | st.floats().map(str)
+WORDS |= st.integers(-(10**12), 10**12).map(str) | st.text(max_size=8)
 
 
 @slow
-def test_whatever_is_typed_is_settings_or_one_sentence(tmp_path, monkeypatch, capfd):
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(parts=st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(WORDS, max_size=2)), max_size=3))
+def test_whatever_is_typed_is_settings_or_one_sentence(parts, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    seen = set()
-
-    def no_game(*_):
-        seen.add("settings")
-        sys.exit(2)
-
-    monkeypatch.setattr(ppo_tuxkart, "make_agent", no_game)
-    monkeypatch.setattr(ppo_tuxkart.torch, "manual_seed", lambda seed: None)
-
-    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(WORDS, max_size=2)), max_size=3))
-    def check(parts):
-        words = [word for flag, values in parts for word in (flag, *values)]
-        code, said = start(words, monkeypatch, capfd)
-        assert code == 2 or "--help" in words
-        seen.add("sentence" if said else "nothing")
-
-    check()
-    assert {"settings", "sentence"} <= seen and not list(tmp_path.iterdir())
-
-
-@slow
-def test_random_bytes_in_a_checkpoint_are_one_sentence(tmp_path):
-    path, whole = tmp_path / "last.pt", (ROOT / "pretrained" / "scotland.pt").read_bytes()
-
-    @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(st.one_of(st.binary(max_size=300), st.integers(0, len(whole) - 1).map(lambda size: whole[:size])))
-    def check(contents):
-        path.write_bytes(contents)
-        with pytest.raises(UsageError, match="is not a checkpoint of this script"):
-            ppo_tuxkart.load_checkpoint(path)
-
-    check()
+    monkeypatch.setattr(ppo_tuxkart, "make_agent", mock.Mock(side_effect=SystemExit(2)))  # the game comes next
+    words = [word for flag, values in parts for word in (flag, *values)]
+    code, _ = start(words, monkeypatch, capfd)
+    assert (code == 2 or "--help" in words) and not list(tmp_path.iterdir())

@@ -1,145 +1,136 @@
-"""Every command in the README's bash blocks runs as it stands there, only shorter; and so does its Python."""
+"""What README.md and docs/ say: links, flags and names exist, raw files are quoted, and every command runs."""
 
-import argparse
 import dataclasses
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
-import tyro
-from conftest import ROOT
-from test_worldmodel import SMALL as DREAM
+from conftest import ROOT, slow
 
 import ppo_tuxkart
 import ppo_tuxkart_resnet
 import worldmodel_carracing
 
-SCRIPTS = (ppo_tuxkart, ppo_tuxkart_resnet, worldmodel_carracing)
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
-CI = ["./install.sh", ".venv/bin/pip install -q -r tests/requirements.txt"]
-CI += [".venv/bin/pytest -q -n 2 --dist loadfile tests"]
-# in test_pretrained.py
-ELSEWHERE = re.findall(r"^\S+ ppo_tuxkart.py --evaluate pretrained/\w+\.pt$", TEXT, re.MULTILINE)
+SCRIPTS = [ppo_tuxkart, ppo_tuxkart_resnet, worldmodel_carracing]
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [
+    ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+]}  # fmt: skip
+TODAY = {name: text for name, text in PAGES.items() if name != "docs/results.md"}  # it quotes older commands
+CODE = "\n".join(
+    file.read_text() for file in ROOT.glob("**/*") if file.suffix in (".py", ".sh") and ".venv" not in file.parts
+)
 
-RACES = ["--eval-episodes", 1, "--max-seconds", 5]
-LEARN = [*RACES, "--num-envs", 1, "--num-steps", 32, "--num-minibatches", 2, "--total-timesteps", 64]
-LEARN += ["--eval-interval", 2]
+
+def anchors(text):
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+# of other programs
+OTHERS = (
+    "help logdir extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-backend rdzv-endpoint name-only"
+)
+
+
+@pytest.mark.parametrize("page", TODAY)
+def test_flags_and_names_exist(page):
+    fields = [field.name.replace("_", "-") for script in SCRIPTS for field in dataclasses.fields(script.Args)]
+    known = {*fields, *(f"no-{field}" for field in fields), *OTHERS.split(), *re.findall(r"--([a-z][a-z-]*)", CODE)}
+    assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", TODAY[page])) <= known
+    words, files = set(re.findall(r"\w+", CODE)), {file.name for file in ROOT.glob("**/*")}
+    for name in re.findall(r"`([A-Za-z][\w.]*)(?:\(\))?`", TODAY[page]):
+        looks_like_code = "_" in name or re.search("[a-z][A-Z]", name)
+        assert not looks_like_code or name in files or set(name.split(".")) <= words, name
+
+
+def test_raw_files_are_quoted_and_there_is_nothing_else():
+    """By their run's name; of runs that differ by a letter or seed, what they share is enough."""
+    text = "".join(PAGES.values())
+    runs = {file.name.split(".")[0] for file in (ROOT / "bench" / "results").iterdir()}
+    assert not [run for run in sorted(runs) if re.sub(r"-[a-z]$|(?<=seed)\d$", "", run) not in text]
+
+
+# --- Commands
+
+RACES = "--eval-episodes 2"
+LEARN = f"{RACES} --num-envs 2 --num-steps 16 --num-minibatches 2 --total-timesteps 64 --eval-interval 2"
+CAR = """--rounds 1 --collect-frames 200 --vision-steps 2 --memory-steps 2 --population 4 --tracks 1 --generations 1
+    --validation-tracks 1 --dream-generations 1 --dream-starts 1 --dream-steps 5 --eval-interval 1 --max-frames 60"""
 SHORTER = {
     "ppo_tuxkart.py": LEARN,
+    "ppo_tuxkart_resnet.py": f"{LEARN} --base-channels 8",
+    "worldmodel_carracing.py": f"{CAR} {RACES}",
     "ppo_tuxkart.py --evaluate": RACES,
-    "ppo_tuxkart_resnet.py": [*LEARN, "--base-channels", 8],
     "ppo_tuxkart_resnet.py --evaluate": RACES,
-    "worldmodel_carracing.py": [*DREAM, "--rounds", 1, "--validation-tracks", 1, *RACES[:2]],
-    "worldmodel_carracing.py --evaluate": RACES[:2],
-    "worldmodel_carracing.py --dream": ["--max-frames", 60],
-    "tests/bench/sampler.py": ["--num-envs", 2, "--steps", 8, "--rounds", 1],
+    "ppo_tuxkart_resnet.py --summary": "",
+    "worldmodel_carracing.py --evaluate": f"{RACES} --max-frames 60",
+    "worldmodel_carracing.py --dream": "--max-frames 60",
 }
+DRIVER = """import {module} as script
+script.LAP_SECONDS = 4.0
+if __name__ == "__main__":
+    script.main()
+"""
+SET_UP = ("./install.sh", ".venv/bin/pip", ".venv/bin/pytest")
+BLOCKS = {page: "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)) for page, text in TODAY.items()}
+COMMANDS = [
+    (page, line.strip())
+    for page, block in BLOCKS.items()
+    if page != "docs/tweaks.md"  # those are tried with their diffs
+    for line in re.split(r"\n|&&", block.replace("\\\n", ""))
+    if line.strip() and not line.strip().startswith(SET_UP)
+]
 
 
 @pytest.fixture(scope="module")
 def cwd(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
+    folder = tmp_path_factory.mktemp("commands")
     (folder / "pretrained").symlink_to(ROOT / "pretrained")
     return folder
 
 
-PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
-MEASUREMENTS = {" ".join(words.split()) for words in re.findall(r"python ((?:tests/bench/)?\w+\.py[^`]*)`", PROSE)}
-
-
-class Parsed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("words", sorted(MEASUREMENTS))
-def test_measurements_take_the_words_of_their_command(words, monkeypatch):
-    """They take hours, so only their command line is tried; and what they name is there."""
-    script, *arguments = shlex.split(words.replace("<name>", "name"))
-    (path,) = {ROOT / folder / script for folder in ("tests/bench", ".") if (ROOT / folder / script).exists()}
-
-    def and_no_further(parse):
-        def check(*args, **settings):
-            parse(*args, **settings)
-            raise Parsed
-
-        return check
-
-    for owner, name in ((tyro, "cli"), (argparse.ArgumentParser, "parse_args")):
-        monkeypatch.setattr(owner, name, and_no_further(getattr(owner, name)))
-    monkeypatch.chdir(path.parent)
-    monkeypatch.syspath_prepend(path.parent)
-    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-    with pytest.raises(Parsed):
-        runpy.run_path(str(path), run_name="__main__")
-
-
-def newest_run(cwd):
-    """The name of the newest run with a best.pt, which is what a reader has when the README says <name>."""
-    return max((cwd / "runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime).parent.name
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in CI + ELSEWHERE])
-def test_command(line, cwd):
-    program, *words = shlex.split(line.replace("<name>", newest_run(cwd) if "<name>" in line else ""))
-    here = {".venv/bin/python": [sys.executable], ".venv/bin/torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+@slow
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_every_command_runs(page, line, cwd):
+    """As it stands there, only shorter; <name> is the newest run."""
+    if "<name>" in line:
+        newest = max((cwd / "runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+        line = line.replace("<name>", newest.parent.name)
+    program, *words = shlex.split(line)
     script = next(word for word in words if word.endswith(".py"))
-    kind = next((f"{script} {flag}" for flag in ("--evaluate", "--dream") if flag in words), script)
-    words[words.index(script)] = str(ROOT / script)
-    command = [*here[program], *words, *map(str, SHORTER[kind])]
-    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    before, after = words[: words.index(script)], words[words.index(script) + 1 :]
+    mode = next((flag for flag in ("--evaluate", "--dream", "--summary") if flag in after), "")
+    options = SHORTER[f"{script} {mode}".strip()].split()
+    if "--name" in after and (cwd / "runs" / after[after.index("--name") + 1]).exists():
+        after[after.index("--name") + 1] += "-again"
+    driver = cwd / f"short_{script}"
+    driver.write_text(DRIVER.format(module=script[:-3]))
+    runners = {".venv/bin/python": [], ".venv/bin/torchrun": ["-m", "torch.distributed.run"]}
+    command = [sys.executable, *runners[program], *before, str(driver), *after, *options]
+    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
 
 
-@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
-def test_python(block, cwd):
-    block = block.replace("1_000_000", "128")
-    drive = "\nenv.reset(seed=1)\nprint(env.step(env.action_space.sample())[0].shape)"
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    finished = subprocess.run(
-        [sys.executable, "-c", block + drive], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert "(6, 64, 64)" in finished.stdout.splitlines(), finished.stdout + finished.stderr
+PYTHON = [block for text in TODAY.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 
 
-def test_the_rest_is_what_ci_runs():
-    assert set(CI) <= set(COMMANDS)
-    assert "./install.sh" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_links_lead_to_the_line_they_name():
-    for name, file, line in re.findall(r"\[`([^`]+)`\]\(([\w./]+)#L(\d+)\)", TEXT):
-        lines = (ROOT / file).read_text().splitlines()
-        found = [number for number, text in enumerate(lines, 1) if name in text]
-        assert int(line) in found, f"{name} is in {file} at {found}"
-
-
-def test_tables_are_whole():
-    """As many cells in every row as in the line under the heading."""
-    for table in re.findall(r"(?:^ *\|.*\n)+", TEXT, re.MULTILINE):
-        rows = [re.sub(r"`[^`]*`", "", row).count("|") for row in table.splitlines()]
-        assert len(set(rows)) == 1, table
-
-
-# flags of other programs and of the measurements
-OTHERS = (
-    "kills checkpoint iterations seconds first-round frames episodes help logdir dist extra-index-url "
-    "standalone nproc-per-node max-restarts nnodes rdzv-backend rdzv-endpoint film lap peers folder names "
-    "rewards decisions picture out"
-)
-
-
-def test_what_the_readme_names_exists():
-    """Files, tests (`...` stands for the rest of a name) and flags."""
-    for name in re.findall(r"(?:tests|docs|pretrained)/[\w./-]*\w", TEXT):
-        assert list(ROOT.glob(f"{name}*")), name
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
-    for name in re.findall(r"`(test_\w+)", TEXT):
-        assert f"def {name}" in tests, name
-    fields = [field for script in SCRIPTS for field in dataclasses.fields(script.Args)]
-    flags = {field.name.replace("_", "-") for field in fields} | set(OTHERS.split())
-    assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", TEXT)) <= flags
+@slow
+@pytest.mark.parametrize("block", PYTHON)
+def test_every_python_example_runs(block, cwd):
+    code = block.replace("1_000_000", "128") + "\nenv.close()\nprint(env.observation_space.shape)"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert "(6, 64, 64)" in finished.stdout, finished.stdout + finished.stderr

@@ -1,7 +1,6 @@
 """Learning, stopping, resuming and racing on the real game as a user does it, and what a night of training brings."""
 
 import json
-import math
 import os
 import resource
 import signal
@@ -76,31 +75,21 @@ KEYS = """track seeds engine engine_version assets checkpoint iteration greedy s
 off_track_seconds ai_lap_times ai_median ratio faster_than_ai step_size difficulty num_karts speed_cap"""
 
 
-def test_a_race_beside_the_games_ai(tmp_path):
-    """By shipped weights, which an older script wrote."""
-    races = ("--eval-episodes", 2)
-    finished = run("--evaluate", ROOT / "pretrained" / "scotland.pt", *races, cwd=tmp_path)
-    assert finished.returncode == 0 and "Traceback" not in finished.stderr, finished.stderr
+def test_a_short_race_of_weights_that_an_older_script_wrote(tmp_path):
+    raced = run("--evaluate", ROOT / "pretrained" / "scotland.pt", "--eval-episodes", 2, cwd=tmp_path, patch=SHORT)
+    assert raced.returncode == 0 and "Traceback" not in raced.stderr, raced.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    assert {file.name for file in folder.iterdir()} == {
-        "evaluation.json", "map.png", "mosaic.mp4", "best_race.mp4",
-    }  # fmt: skip
+    files = {"evaluation.json", "map.png", "mosaic.mp4", "best_race.mp4"}
+    assert {file.name for file in folder.iterdir()} == files
     result = json.loads((folder / "evaluation.json").read_text())
     assert set(KEYS.split()) <= result.keys()
-    assert result["track"] == ["scotland"] and result["seeds"] == [1000, 1001]
+    assert result["track"] == ["scotland"] and result["seeds"] == [1000, 1001] and result["ratio"] is None
     for name in ("greedy", "sampled", "ai"):
-        one = result[name]
-        assert one["races"] == 2 and one["finished"] == len(one["lap_times"]) == one["ends"]["finished"]
-    # what was shipped with the weights, to another CPU's rounding
-    assert result["lap_times"] == pytest.approx([48.09, 48.12], abs=0.3)
-    assert len(set(result["ai_lap_times"])) == 2 and 46 < result["ai_median"] < 50
-    assert result["ratio"] == pytest.approx(result["median"] / result["ai_median"])
-    pairs = zip(result["lap_times"], result["ai_lap_times"], strict=True)
-    assert result["faster_than_ai"] == sum(ours < theirs for ours, theirs in pairs)
-    for row in ("scotland greedy", "scotland sampled", "scotland ai"):
-        assert row in finished.stdout
+        assert f"scotland {name}" in raced.stdout
+        assert result[name]["races"] == 2 and result[name]["ends"] == {"time limit": 2}
+        assert 0.05 < result[name]["progress"] < 0.3
     film = imageio.v3.imread(folder / "best_race.mp4")
-    assert film.shape[1:] == (480, 640, 3) and len(film) > 600 and film.std() > 20
+    assert film.shape[1:] == (480, 640, 3) and len(film) > 100 and film.std() > 20
     assert np.abs(film[-1].astype(int) - film[20]).mean() > 5  # something moves
     mosaic = imageio.v3.imread(folder / "mosaic.mp4")
     assert mosaic.shape[1:] == (128, 256, 3) and mosaic[10].std() > 20
@@ -139,28 +128,15 @@ def test_ten_thousand_decisions_of_learning_help(trained):
     rows = list(metrics(trained[1]).values())
     assert len(rows) == 20 and max(row["losses/ratio_error"] for row in rows) < 1e-5
     for name, gain in (("return", 1.0), ("progress", 0.01)):
-        values = [row[f"charts/{name}"] for row in rows if f"charts/{name}" in row]
+        values = [row[f"charts/{name}"] for row in rows if row.get(f"charts/{name}") is not None]
         assert np.mean(values[-5:]) > np.mean(values[:5]) + gain
-
-
-@slow
-def test_what_tensorboard_and_the_checkpoints_hold(trained):
-    board = EventAccumulator(
-        str(trained[1]), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
-    ).Reload()
-    charts = (
-        "return progress finished learning_rate SPS sampling_SPS update_seconds elapsed_seconds lost_games"
-    )
-    losses = "policy_loss value_loss entropy approx_kl clipfrac ratio_error explained_variance"
+    charts = "finished learning_rate SPS sampling_SPS update_seconds elapsed_seconds lost_games reward/progress"
+    losses = "policy_loss value_loss entropy approx_kl clipfrac explained_variance"
     names = {f"charts/{name}" for name in charts.split()} | {f"losses/{name}" for name in losses.split()}
+    board = EventAccumulator(str(trained[1])).Reload()
     assert names | {"eval/finished", "eval/progress", "eval/median"} <= set(board.Tags()["scalars"])
-    assert board.Tags()["images"] == ["eval/map"]
-    text = board.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "learning_rate: 0.0005" in text
-    for name in ("last.pt", "best.pt"):
-        checkpoint = torch.load(trained[1] / name, weights_only=True)
-        assert checkpoint["args"]["track"] == ("scotland",) and checkpoint["made_on"]["assets"]
-    assert not list(trained[1].glob("*.tmp")) and len(imageio.v3.imread(trained[1] / "races.mp4")) > 10
+    assert board.Tags()["images"] == ["eval/map"] and board.Tags()["tensors"] == ["settings/text_summary"]
+    assert len(imageio.v3.imread(trained[1] / "races.mp4")) > 10 and not list(trained[1].glob("*.tmp"))
 
 
 @slow
@@ -168,47 +144,20 @@ def test_weights_begin_another_run_on_several_tracks(trained):
     cwd, folder = trained
     two = ("--track", "lighthouse", "olivermath", *SIZE, "--total-timesteps", 64, "--name", "two")
     races = ("--eval-interval", 2, "--eval-episodes", 2)
-    finished = run("--init-from", folder / "best.pt", *two, *races, cwd=cwd, patch=SHORT)
-    assert finished.returncode == 0, finished.stderr
-    before, after = (torch.load(path, weights_only=True)["agent"] for path in (
-        folder / "best.pt", cwd / "runs" / "two" / "last.pt",
-    ))  # fmt: skip
-    distance = max((before[name] - after[name]).abs().max().item() for name in before)
-    assert 0 < distance < 0.05
+    learnt = run("--init-from", folder / "best.pt", *two, *races, cwd=cwd, patch=SHORT)
+    assert learnt.returncode == 0, learnt.stderr
+    before = torch.load(folder / "best.pt", weights_only=True)["agent"]
+    after = torch.load(cwd / "runs" / "two" / "last.pt", weights_only=True)["agent"]
+    assert 0 < max((before[name] - after[name]).abs().max().item() for name in before) < 0.05
 
-    raced = run("--evaluate", cwd / "runs" / "two" / "best.pt", "--eval-episodes", 1, cwd=cwd,
-                patch="script.LAP_SECONDS = 25.0")  # fmt: skip
+    one = ("--eval-episodes", 1)
+    raced = run("--evaluate", "runs/two/best.pt", *one, cwd=cwd, patch="script.LAP_SECONDS = 25.0")
     assert raced.returncode == 0, raced.stderr
     for track in ("lighthouse", "olivermath"):
         (written,) = (cwd / "runs").glob(f"best-{track}-*/evaluation.json")
         result = json.loads(written.read_text())
         assert result["track"] == [track] and result["greedy"]["races"] == result["ai"]["races"] == 1
         assert (result["ai_median"] is None) == (track == "lighthouse")  # which takes longer than that
-    assert 17 < result["ai_median"] < 22
-
-
-@slow
-def test_a_whole_curriculum_with_weighted_rewards(tmp_path):
-    """DeepRacer's actions below a cap that every passed evaluation raises."""
-    school = ("--actions", "deepracer", "--reward", "centerline:0.1", "progress", "--epsilon", 0.2)
-    cap = ("--speed-cap", 8, "--speed-curriculum", 2, "--eval-interval", 1, "--eval-episodes", 2)
-    passes = "results = iter([True, False, False])\n"
-    passes += "script.exam = lambda *_: (next(results), [0.0, 0.0, 0.0])"
-    learnt = run(
-        *SIZE, *school, *cap, "--total-timesteps", 96, "--name", "school", cwd=tmp_path, patch=passes
-    )
-    assert learnt.returncode == 0, learnt.stderr
-    rows = list(metrics(tmp_path / "runs" / "school").values())
-    assert [row["charts/speed_cap"] for row in rows] == [8.0, 10.0, 9.0]
-    assert max(row["losses/ratio_error"] for row in rows) < 1e-5
-    last = torch.load(tmp_path / "runs" / "school" / "last.pt", weights_only=True)
-    assert (last["lesson"]["cap"], last["lesson"]["passed"]) == (8.5, 8.0)
-    start = ("--init-from", "runs/school/last.pt", *SMALL, "--total-timesteps", 32, "--name", "other")
-    refused = run(*start, cwd=tmp_path)
-    assert refused.returncode == 2 and "type the --actions" in refused.stderr
-    assert not (tmp_path / "runs" / "other").exists()
-    faster = run(*start, "--actions", "deepracer", "--speeds", 10, 20, 30, cwd=tmp_path)
-    assert faster.returncode == 0, faster.stderr
 
 
 # --- Slow: faults
@@ -229,62 +178,55 @@ def test_a_game_that_dies_or_hangs_is_counted_and_the_run_goes_on(number, tmp_pa
     assert rows[32]["charts/lost_games"] == 0 and rows[12 * 32]["charts/lost_games"] == 1
 
 
+ENDS = {
+    "import os\nscript.TuxKartEnv.step = lambda *_: os._exit(1)": "Games were lost 3 times in a row",
+    "script.REWARDS['progress'] = lambda moment: float('nan')": "A reward is not a finite number",
+}
+
+
 @slow
-def test_three_losses_in_a_row_end_the_run(tmp_path):
-    dies = "import os\nscript.TuxKartEnv.step = lambda *_: os._exit(1)"
-    stopped = run(*SMALL, "--total-timesteps", 64, "--name", "lost", cwd=tmp_path, patch=dies)
+@pytest.mark.parametrize("patch", ENDS)
+def test_what_ends_a_run_is_one_sentence(patch, tmp_path):
+    stopped = run(*SMALL, "--total-timesteps", 64, cwd=tmp_path, patch=patch)
     assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr
-    assert "Games were lost 3 times in a row" in stopped.stderr.splitlines()[-1]
+    assert ENDS[patch] in stopped.stderr.splitlines()[-1]
 
 
 @slow
-@pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
-def test_a_reward_that_is_no_number_ends_the_run(value, tmp_path):
-    patch = f"script.REWARDS['progress'] = lambda moment: {value}"
-    stopped = run(*SMALL, "--total-timesteps", 64, "--name", "nan", cwd=tmp_path, patch=patch)
-    assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
-    assert "A reward is not a finite number" in stopped.stderr
-
-
-@slow
-def test_a_full_disk_and_a_locked_folder_say_so(tmp_path):
+def test_a_full_disk_is_named(tmp_path):
     def limit_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))  # a checkpoint is larger
 
-    settings = (*SMALL, "--total-timesteps", 64, "--name", "full")
-    stopped = run(*settings, cwd=tmp_path, preexec_fn=limit_files)
-    assert stopped.returncode == 1
+    stopped = run(*SMALL, "--total-timesteps", 64, cwd=tmp_path, preexec_fn=limit_files)
+    assert stopped.returncode == 1 and "File too large" in stopped.stderr.splitlines()[-1], stopped.stderr
     assert not list((tmp_path / "runs").glob("*/last.pt"))
-    print(stopped.stderr[-3000:])
-    assert "File too large" in stopped.stderr
+
+
+WATCHED = """
+import os, torch, ppo_tuxkart as script
+
+def watched(agent, optimizer, batch, args, update=script.ppo_update):
+    before = [weights.clone() for weights in agent.parameters()]
+    scalars = update(agent, optimizer, batch, args)
+    found = before, list(agent.parameters()), batch["obs"].float().mean()
+    torch.save(found, f"rank{os.environ['RANK']}.pt")
+    return scalars
+
+script.ppo_update = watched
+script.main()
+"""
 
 
 @slow
 def test_torchrun_with_two_ranks_learns_the_same_weights_on_both(tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        "import os, torch, ppo_tuxkart as script\n"
-        "update = script.ppo_update\n"
-        "def watched(agent, optimizer, batch, args):\n"
-        "    before = [weights.clone() for weights in agent.state_dict().values()]\n"
-        "    scalars = update(agent, optimizer, batch, args)\n"
-        "    found = before, list(agent.state_dict().values()), batch['obs'].float().mean()\n"
-        "    torch.save(found, f'rank{os.environ[\"RANK\"]}.pt')\n"
-        "    return scalars\n"
-        "script.ppo_update = watched\n"
-        "script.main()\n"
-    )
-    options = ["--standalone", "--nproc-per-node", "2", str(driver)]
-    settings = ["--num-envs", 1, *SMALL[2:], "--total-timesteps", 6 * 32, "--name", "many"]
-    words = [sys.executable, "-m", "torch.distributed.run", *options, *map(str, settings)]
+    (tmp_path / "watched.py").write_text(WATCHED)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "watched.py"]
+    words += map(str, ["--num-envs", 1, *SMALL[2:], "--total-timesteps", 6 * 32, "--name", "many"])
     finished = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stderr
-    (before, ours, seen), (_, theirs, others) = (
-        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
-    )
+    (before, ours, seen), (_, theirs, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, ours, strict=True)) and seen != others
     rows = metrics(tmp_path / "runs" / "many")
     assert list(rows) == [32 * n for n in range(1, 7)]
     assert max(row["losses/ratio_error"] for row in rows.values()) < 1e-5
-    assert all(math.isfinite(row["losses/value_loss"]) for row in rows.values())

@@ -16,13 +16,8 @@ TEXTS = [page.read_text() for page in PAGES if page.exists()]
 DIFFS = {diff: commands for text in reversed(TEXTS) for diff, commands in BLOCK.findall(text)}
 
 
-def title(diff):
-    """A name for a test: the first line that the diff adds."""
-    return next(line for line in diff.splitlines() if line.startswith("+") and line[1:2] != "+")[1:].strip()[:40]
-
-
 @slow
-@pytest.mark.parametrize("diff", DIFFS, ids=title)
+@pytest.mark.parametrize("diff", DIFFS, ids=range(1, 1 + len(DIFFS)))
 def test_a_tweak_applies_is_small_and_learns(diff, tmp_path):
     lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
     removed, added = (sum(line.startswith(sign) for line in lines) for sign in "-+")
@@ -34,7 +29,7 @@ def test_a_tweak_applies_is_small_and_learns(diff, tmp_path):
     (tmp_path / script).write_text((ROOT / source).read_text())
     patch = ["patch", "--fuzz=0", "-p0", script]
     patched = subprocess.run(patch, cwd=tmp_path, input=diff, capture_output=True, text=True)
-    assert patched.returncode == 0 and "offset" not in patched.stdout, patched.stdout + patched.stderr
+    assert patched.returncode == 0, patched.stdout + patched.stderr
     command = [sys.executable, script, *words, *TINY, "--name", "tweak"]
     learnt = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert learnt.returncode == 0, learnt.stderr
