@@ -97,7 +97,7 @@ def rollout(network, memory="stack", steps=8, envs=4, **settings):
     with torch.no_grad():
         for t in range(steps):
             logits, values, state = agent(obs[t], state, starts[t])
-            actions = deep.choose_actions(logits, agent.nvec)
+            actions = deep.choose_actions(logits, agent.nvec, 0.0)
             logprobs, _ = deep.evaluate_actions(logits, actions, agent.nvec, 0.0)
             for name, value in (("actions", actions), ("logprobs", logprobs), ("values", values)):
                 rows[name].append(value)

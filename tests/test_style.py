@@ -8,15 +8,12 @@ import pytest
 from conftest import ROOT
 
 TWINS = """
-    UsageError RunError Game one_of
-    orthogonal evaluate_actions choose_actions compute_gae mean_over_ranks
-    govern drive_actions ec418_actions Moment progress_reward parse_reward
-    find_game import_engine TrackGeometry TuxKartEnv
-    make_envs end_games reset_games rollout race race_all lap_correlation summarize draw_map write_mosaic film_race
-    evaluate save load_checkpoint load_weights next_lesson exam
-    usable_cores pick_device stop keep_freed_memory
+    UsageError RunError orthogonal evaluate_actions choose_actions compute_gae average_over_ranks
+    govern drive_actions ec418_actions Moment progress_reward parse_reward find_game TrackGeometry TuxKartEnv
+    make_envs end_games reset_games rollout race race_all summarize show_races film_race evaluate
+    save load_checkpoint next_lesson exam
 """
-ALL_THREE = "UsageError RunError usable_cores pick_device save load_checkpoint stop keep_freed_memory"
+ALL_THREE = "UsageError RunError save load_checkpoint"
 
 
 def definitions(script):

@@ -85,7 +85,7 @@ def test_a_short_race_of_weights_that_an_older_script_wrote(tmp_path):
     assert set(KEYS.split()) <= result.keys()
     assert result["track"] == ["scotland"] and result["seeds"] == [1000, 1001] and result["ratio"] is None
     for name in ("greedy", "sampled", "ai"):
-        assert f"scotland {name}" in raced.stdout
+        assert name in raced.stdout
         assert result[name]["races"] == 2 and result[name]["ends"] == {"time limit": 2}
         assert 0.05 < result[name]["progress"] < 0.3
     film = imageio.v3.imread(folder / "best_race.mp4")
@@ -130,13 +130,13 @@ def test_ten_thousand_decisions_of_learning_help(trained):
     for name, gain in (("return", 1.0), ("progress", 0.01)):
         values = [row[f"charts/{name}"] for row in rows if row.get(f"charts/{name}") is not None]
         assert np.mean(values[-5:]) > np.mean(values[:5]) + gain
-    charts = "finished learning_rate SPS sampling_SPS update_seconds elapsed_seconds lost_games reward/progress"
+    charts = "finished learning_rate SPS update_seconds lost_games reward/progress"
     losses = "policy_loss value_loss entropy approx_kl clipfrac explained_variance"
     names = {f"charts/{name}" for name in charts.split()} | {f"losses/{name}" for name in losses.split()}
     board = EventAccumulator(str(trained[1])).Reload()
     assert names | {"eval/finished", "eval/progress", "eval/median"} <= set(board.Tags()["scalars"])
-    assert board.Tags()["images"] == ["eval/map"] and board.Tags()["tensors"] == ["settings/text_summary"]
-    assert len(imageio.v3.imread(trained[1] / "races.mp4")) > 10 and not list(trained[1].glob("*.tmp"))
+    assert board.Tags()["tensors"] == ["settings/text_summary"] and (trained[1] / "map.png").exists()
+    assert len(imageio.v3.imread(trained[1] / "mosaic.mp4")) > 10 and not list(trained[1].glob("*.tmp"))
 
 
 @slow
@@ -180,7 +180,7 @@ def test_a_game_that_dies_or_hangs_is_counted_and_the_run_goes_on(number, tmp_pa
 
 ENDS = {
     "import os\nscript.TuxKartEnv.step = lambda *_: os._exit(1)": "Games were lost 3 times in a row",
-    "script.REWARDS['progress'] = lambda moment: float('nan')": "A reward is not a finite number",
+    "script.REWARDS['progress'] = lambda moment: float('nan')": "inite gradient: look at --reward",
 }
 
 
