@@ -291,7 +291,7 @@ def ppo_update(agent: Agent, optimizer: Any, batch: dict[str, Tensor], args: Arg
 
 
 def govern(target: float, speed: float) -> dict[str, Any]:
-    """Acceleration and brake that hold a target speed, both in m/s."""
+    """Acceleration and brake that hold a target speed, both in m/s; the brake drives backwards, too."""
     return {"acceleration": min(max((target - speed) / 2, 0.0), 1.0), "brake": speed > target + 2}
 
 
@@ -516,6 +516,7 @@ class TuxKartEnv(gym.Env):
             graphics.screen_height = game.height
             self.stk.init(graphics)
             atexit.register(self.stk.clean)
+        atexit.register(self.close)  # before the engine is cleaned up
         TuxKartEnv.started = wanted
         self.world = self.stk.WorldState()
         # Wind and the like move with the wall clock, and no two races would look alike.
@@ -619,7 +620,8 @@ class TuxKartEnv(gym.Env):
             gain = self.distance - self.progress
         self.along = along
         self.progress += gain
-        self.speed = math.hypot(*self.kart.velocity)
+        ahead = (math.sin(self.heading), 0.0, math.cos(self.heading))
+        self.speed = float(np.dot(self.kart.velocity, ahead))  # below 0 in reverse
         if self.progress > self.best + 2:
             self.best = self.progress
             self.best_at = now
@@ -630,7 +632,7 @@ class TuxKartEnv(gym.Env):
         end = self.why_over(off_track)
         truncated = end == "time limit"
         terminated = bool(end) and not truncated
-        finished = end in self.finishes
+        good_end = end in self.finishes
         moment = Moment(
             gain=gain,
             seconds=now - before,
@@ -639,8 +641,8 @@ class TuxKartEnv(gym.Env):
             heading=(math.degrees(self.heading - heading) + 180) % 360 - 180,
             steering=30 * controls["steer"],
             pace=controls["pace"],
-            finished=finished,
-            failed=terminated and not finished,
+            finished=good_end,
+            failed=terminated and not good_end,
             places=place - self.place,
             events=self.events,
         )
@@ -982,6 +984,8 @@ def load_checkpoint(path: Path) -> dict:
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
         return checkpoint | {"args": Args(**settings)}  # without what only older scripts could set
+    except UsageError:  # settings that it cannot have been saved with by this script
+        raise
     except FileNotFoundError:
         raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
     except Exception as error:  # whatever may be in a file

@@ -33,8 +33,14 @@ fi
 
 root=$BARE_ROOT
 suite=${SUITE:-bookworm}
-test_command=$(awk '/^## / && !c { t = /^## Test/ } /^```/ { if (c) exit; c = t && /bash/; next } c' README.md)
-[ -z "$tests" ] || [ -n "$test_command" ] || { echo 'README.md needs a ```bash block under "## Test".' >&2; exit 2; }
+block() { # SECTION: the commands of README.md's first bash block under that heading
+    awk -v title="## $1" '/^## / && !c { t = $0 == title } /^```/ { if (c) exit; c = t && /bash/; next } c' README.md
+}
+start_command=$(block Start) test_command=$(block Test)
+if [ -z "$start_command" ] || [ -z "$test_command" ]; then
+    echo 'README.md needs a ```bash block under "## Start" and under "## Test".' >&2
+    exit 2
+fi
 [ -z "$(git status --porcelain)" ] || echo "Note: what is not committed is not tested."
 
 debootstrapped() {
@@ -100,4 +106,6 @@ git clone -q --depth 1 "file://$PWD" "$root/root/repository"
 host_network
 step "./install.sh" inside ./install.sh
 step "./install.sh, the second time" inside ./install.sh
+few="--num-envs 2 --num-steps 32 --total-timesteps 128 --eval-interval 0" # decisions, where the README's run has many
+step "the README's kart learns" inside "$start_command $few"
 [ -z "$tests" ] || step "the README's tests" inside "$test_command"

@@ -41,9 +41,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: for `pytest -m "slow or not slow"`, which runs everything')
     config.addinivalue_line("norecursedirs", "bench")
     config.addinivalue_line("norecursedirs", "shared")
-    named = any("::" in argument for argument in config.args)
-    if not config.option.markexpr and not named:
-        config.option.markexpr = "not slow"
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[slow] if i else []) for i, name in enumerate(INSTALLED)])

@@ -50,14 +50,6 @@ def test_locate_on_a_square():
     assert gains == [5.0, -5.0, -10.0]  # the shorter way over the line
 
 
-def test_locate_finds_the_nearest_road():
-    track, points = square_track(), np.random.default_rng(0).uniform(-10, 110, (100, 3))
-    line = (track.nodes[:, 0] + np.linspace(0, 1, 2001)[:, None, None] * track.vectors).reshape(-1, 3)  # 0.05 m apart
-    for point, offset in zip(points, locate_all(track, points)[1], strict=True):
-        nearest = line[np.linalg.norm(point - line, axis=-1).argmin()]
-        assert abs(offset) == pytest.approx(np.hypot(*(point - nearest)[[0, 2]]), abs=0.05)
-
-
 def test_locate_stays_on_the_road_that_it_was_on():
     """Beside the way back and below a bridge, whose middles are nearer; on another road, it is there."""
     out = [[0, 0, z] for z in range(0, 401, 20)]

@@ -63,20 +63,6 @@ def test_impala_has_fifteen_layers_and_ec418_two_networks_behind_a_norm():
     torch.testing.assert_close(Agent((6, 64, 64), [5], Args(network="ec418")).trunk(pictures), expected)
 
 
-SEEDS = {
-    "conv2d": ("--width 400 --height 600 --actions tuxkart", "1,430,108"),
-    "resnet3d": ("--width 600 --height 400 --actions tuxkart_rescue", "37,748,246"),
-}
-
-
-@slow
-@pytest.mark.parametrize("network", SEEDS)
-def test_the_summary_comes_to_the_seeds_total(network, tmp_path):
-    options, total = SEEDS[network]
-    finished = run("--summary", "--network", network, *options.split(), cwd=tmp_path, script="ppo_tuxkart_resnet")
-    assert f"Total params: {total}\n" in finished.stdout and "a run needs" in finished.stdout, finished.stderr
-
-
 CASES = [("impala", "stack"), ("impala", "lstm"), ("conv2d", "stack"), ("resnet3d", "stack"), ("ec418", "stack")]
 CHANNELS = {"impala": 4, "conv2d": 8, "resnet3d": 4, "ec418": 8}
 
@@ -193,12 +179,6 @@ def test_random_shift_moves_every_picture_by_itself():
         assert len(found) == 1
         places.update(found)
     assert len(places) > 5
-
-
-def test_a_minibatch_in_pieces_needs_as_much_less_memory():
-    args = [Args(augment="shift"), Args(grad_accum=8)]  # shifted pictures are a second pass
-    whole, eighth = (deep.memory_needs(one, Agent((6, 64, 64), [5], one), (6, 64, 64))[1] for one in args)
-    assert whole == 2 * 8 * eighth
 
 
 # --- tuxkart-ai's game

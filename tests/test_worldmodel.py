@@ -1,6 +1,5 @@
 """World Models on CarRacing: the pictures, the networks, the search, rollouts, and whole runs as a user makes them."""
 
-import dataclasses
 import json
 import math
 import os
@@ -67,7 +66,7 @@ def test_pictures_are_near_gymnasiums():
             env.step(action)
             if t % 12 == 0:
                 errors["zoom" if t < 50 else "drive"].append(picture_error(env))
-        for _ in range(8):  # without physics: wherever
+        for _ in range(8):  # without physics
             moved = rng.uniform(-1, 1, 2) * PLAYFIELD * 0.95 - np.array(env.car.hull.position)
             turn = rng.uniform(-np.pi, np.pi)
             rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -191,21 +190,6 @@ def journal_with_footage(**settings):
     journal = types.SimpleNamespace(args=args, agent=wm.Agent(args), state=state, clock=time.time())
     journal.write, journal.save = lambda figures: None, lambda *args, **settings: None
     return journal, footage
-
-
-@torch.no_grad()
-def test_dreams_start_where_the_newest_footage_was():
-    journal, footage = journal_with_footage(dream_starts=30)
-    z, (hidden, _) = wm.dream_starts(journal, footage, 0)
-    newest, memory = footage.latents[600:, :32], journal.agent.memory
-    found = torch.cdist(z, newest).min(1)
-    torch.testing.assert_close(z, newest[found.indices])
-    for start, frame in enumerate(found.indices.tolist()):  # with the state that M has when it comes there
-        first, expected = frame // 20 * 20, torch.zeros(256)
-        if frame > first:
-            actions = footage.rows[600 + first : 600 + frame, None, :3]
-            expected = memory(newest[first:frame, None], actions)[0][-1, 0]
-        torch.testing.assert_close(hidden[0, start], expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -348,7 +332,7 @@ def test_a_pool_that_breaks_or_hangs_is_replaced_and_its_rollouts_repeated(numbe
     drivers = wm.Drivers(wm.Args(workers=2))
     expected = drivers.drive(agent, controllers, jobs)
     workers = [process.pid for process in wm.multiprocessing.active_children()]
-    drivers.patience = -340.0  # and 20 seconds for each of a process's jobs: 60
+    drivers.patience = -370.0  # and 20 seconds for each of a process's jobs: 30
     threading.Timer(0.3, os.kill, (workers[0], number)).start()
     again = drivers.drive(agent, controllers, jobs)
     assert [result["return"] for result in again] == [result["return"] for result in expected]
@@ -492,12 +476,12 @@ def test_killed_while_v_learns_and_resumed_is_never_killed(whole, tmp_path):
 
 @slow
 def test_killed_in_every_stage_and_resumed_is_never_killed(tmp_path):
-    """Two rounds; killed eight times, with another number of workers than the run that it equals."""
+    """Two rounds; killed seven times, with another number of workers than the run that it equals."""
     flags = [*SMALL, "--collect-frames", 1500, "--rounds", 2, "--stages", *wm.LEARN]
     run(*flags, "--workers", 2, "--name", "whole", cwd=tmp_path)
     folder, whole = tmp_path / "runs" / "killed", tmp_path / "runs" / "whole"
-    deaths = ["collect-1 960", "memory-1 4", "dream-1 1", "memory-2 0", "vision-2 4", "dream-2 0", "real-2 2"]
-    for number, die in enumerate(sorted(deaths, key=lambda die: die.split("-")[1][0])):
+    deaths = ["collect-1 960", "memory-1 4", "dream-1 1", "collect-2 0", "vision-2 4", "dream-2 0", "real-2 2"]
+    for number, die in enumerate(deaths):
         which = ["--resume", folder] if number else [*flags, "--name", "killed"]
         run(*which, "--workers", 1, cwd=tmp_path, die=die, code=-signal.SIGKILL)
     run("--resume", folder, "--workers", 1, "--stages", "real", cwd=tmp_path)
@@ -507,11 +491,9 @@ def test_killed_in_every_stage_and_resumed_is_never_killed(tmp_path):
 
 
 @slow
-@pytest.mark.parametrize(
-    "stage, number", [("vision", signal.SIGINT), ("real", signal.SIGINT), ("real", signal.SIGTERM)]
-)
+@pytest.mark.parametrize("stage, number", [("vision", signal.SIGINT), ("real", signal.SIGTERM)])
 def test_ctrl_c_says_how_to_go_on(stage, number, tmp_path):
-    flags = ["--vision-steps", 900 if stage == "vision" else 5, "--generations", 900, "--rounds", 1, "--workers", 2]
+    flags = ["--vision-steps", 100 if stage == "vision" else 5, "--generations", 900, "--rounds", 1, "--workers", 2]
     process, folder = start(*SMALL, *flags, "--name", "stopped", cwd=tmp_path), tmp_path / "runs" / "stopped"
     while not ((folder / "last.pt").exists() and reached(folder / "last.pt", stage)):
         assert process.poll() is None
@@ -648,10 +630,3 @@ def test_typed_settings_win(folder, monkeypatch, capfd):
     assert saved["stage"]["step"] == saved["args"]["memory_steps"] == 3 and saved["args"]["eval_seed"] == 5
     code, said = main(monkeypatch, capfd, "--resume", folder, "--controller-input", "z", "--stages", "dream")
     assert code == 2 and "other networks" in said
-
-
-def test_help_explains_every_flag(monkeypatch, capfd):
-    code, said = main(monkeypatch, capfd, "--help")
-    assert code == 0 and "python worldmodel_carracing.py --quick" in said
-    for field in dataclasses.fields(wm.Args):
-        assert f"--{field.name.replace('_', '-')}" in said
