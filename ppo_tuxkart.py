@@ -12,12 +12,15 @@ et al. 2015). The kart sees its last pictures; speed and place serve reward and 
 On two cores without a GPU it finishes a race after 12 to 22 minutes, nearly all after an hour.
 """
 
+import argparse
 import atexit
+import contextlib
 import copy
 import ctypes
 import dataclasses
 import functools
 import importlib.metadata
+import io
 import json
 import math
 import multiprocessing
@@ -121,7 +124,7 @@ class Args(Game):
         batch = self.num_envs * self.num_steps
         if batch % self.num_minibatches or batch == self.num_minibatches:
             raise UsageError(f"{batch} decisions do not divide: type another --num-minibatches.")
-        if len(self.track) > min(self.num_envs, self.eval_episodes):
+        if len(self.track) > self.num_envs:
             raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
         if self.speed_curriculum and not (self.speed_cap and self.eval_interval):
             raise UsageError("--speed-curriculum needs a first cap: type --speed-cap 8 as well.")
@@ -973,7 +976,9 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
 
 def save(contents: dict, path: Path) -> None:
     """Writes a checkpoint; a crash at any moment leaves either the old file or the new one."""
-    torch.save(contents, path.with_suffix(".tmp"))
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getvalue())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -1022,6 +1027,31 @@ def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) ->
     return rate == 1, [rate, -median, summary["progress"]]
 
 
+def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str, Tensor], list[dict]]:
+    """A rollout of all games, in new ones if one is lost. games: "envs", and "now", where they stand.
+
+    Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there is
+    the run that never stopped. Raises RunError.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    number = run["iteration"] * int(os.environ.get("WORLD_SIZE", 1)) + rank
+    seed = args.seed * 1_000_000 + number * args.num_envs
+    for attempt in range(PATIENCE):
+        try:
+            if not games["now"] or run["iteration"] % FRESH_GAMES == 0:
+                torch.manual_seed(seed + attempt)
+                games["envs"] = games["envs"] or make_envs(args, args.num_envs, first=rank * args.num_envs)
+                games["envs"].set_attr("speed_cap", run["lesson"]["cap"])
+                games["now"] = reset_games(games["envs"], agent, range(seed, seed + args.num_envs))
+            data, games["now"], episodes = rollout(games["envs"], agent, games["now"], args.num_steps)
+            return data, episodes
+        except LOST_GAME:
+            end_games(games["envs"])
+            games.update(envs=None, now=None)
+            run["lost_games"] += 1
+    raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
+
+
 def train(args: Args, checkpoint: dict | None) -> None:
     """Learns, from the start or from a run's last.pt; writes runs/<name>/."""
     rank = int(os.environ.get("RANK", 0))
@@ -1045,11 +1075,9 @@ def train(args: Args, checkpoint: dict | None) -> None:
     if writer:
         writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
-    envs: Any = None
-    now: Any = None  # where the games stand
+    games: dict[str, Any] = {"envs": None, "now": None}
     last: dict = {}  # the last whole iteration, for last.pt
     saved_at = time.time()
-    lost_in_a_row = 0
     try:
         while run["iteration"] < num_iterations:
             # Anneal: the step size and the exploration fall linearly to zero
@@ -1058,25 +1086,8 @@ def train(args: Args, checkpoint: dict | None) -> None:
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             agent.epsilon = args.epsilon * left
 
-            # Collect num_steps decisions in every game. Now and then they begin afresh, from (seed,
-            # iteration) alone, so a run that is resumed there is the run that never stopped
-            try:
-                if now is None or run["iteration"] % FRESH_GAMES == 0:
-                    seed = args.seed * 1_000_000 + (run["iteration"] * world + rank) * args.num_envs
-                    torch.manual_seed(seed + lost_in_a_row)
-                    envs = envs or make_envs(args, args.num_envs, first=rank * args.num_envs)
-                    envs.set_attr("speed_cap", run["lesson"]["cap"])
-                    now = reset_games(envs, agent, range(seed, seed + args.num_envs))
-                data, now, episodes = rollout(envs, agent, now, args.num_steps)
-                lost_in_a_row = 0
-            except LOST_GAME as error:  # the iteration once more, in new games
-                end_games(envs)
-                envs = now = None
-                run["lost_games"] += 1
-                lost_in_a_row += 1
-                if lost_in_a_row == PATIENCE:
-                    raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.") from error
-                continue
+            # Collect num_steps decisions in every game
+            data, episodes = collect(args, agent, run, games)
             collected = time.time()
 
             # Advantages: what an action brought beyond what the critic expected
@@ -1099,16 +1110,17 @@ def train(args: Args, checkpoint: dict | None) -> None:
             cap = run["lesson"]["cap"]
             settings = vars(args) | {"speed_cap": cap, "resume": None, "init_from": None}
             weights = {"args": settings, "agent": agent.state_dict()}
-            if args.eval_interval and (run["iteration"] % args.eval_interval == 0 or step == bar.total):
-                passed, score = exam(args, agent, cap, writer, step) if writer else (False, [])
-                if score > run["best"]:
-                    run["best"] = score
-                    save(weights | run, folder / "best.pt")
-                if args.speed_curriculum:
-                    verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
-                    average_over_ranks([verdict])
-                    run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
-                    now = None  # an episode is driven below one cap
+            last_one = run["iteration"] == num_iterations
+            due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
+            passed, score = exam(args, agent, cap, writer, step) if due and writer else (False, [])
+            if score > run["best"]:
+                run["best"] = score
+                save(weights | run, folder / "best.pt")
+            if due and args.speed_curriculum:
+                verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
+                average_over_ranks([verdict])
+                run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
+                games["now"] = None  # an episode is driven below one cap
 
             # Save: scalars of every iteration, and now and then what a run goes on from
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -1118,15 +1130,17 @@ def train(args: Args, checkpoint: dict | None) -> None:
             for key, value in metrics.items() if writer else ():
                 writer.add_scalar(key, value, step)
             last = copy.deepcopy(weights | run | {"optimizer": optimizer.state_dict()})
-            due = run["iteration"] % FRESH_GAMES == 0 or time.time() - saved_at > SAVE_SECONDS
-            if writer and due:
+            fresh = run["iteration"] % FRESH_GAMES == 0
+            if writer and (fresh or time.time() - saved_at > SAVE_SECONDS):
                 save(last, folder / "last.pt")
                 saved_at = time.time()
-            bar.set_postfix(lap=metrics.get("charts/progress"), finished=metrics.get("charts/finished"))
+            if run["recent"]:
+                shown = (metrics["charts/progress"], metrics["charts/finished"])
+                bar.set_postfix(lap=f"{shown[0]:.0%}", finished=f"{shown[1]:.0%}")
             bar.update(batch_size)
     finally:  # however it ends: nothing is lost, and no process stays
         bar.close()
-        end_games(envs)
+        end_games(games["envs"])
         if writer and last:
             writer.close()
             save(last, folder / "last.pt")
@@ -1136,17 +1150,19 @@ def train(args: Args, checkpoint: dict | None) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they end a run by an exception: it saves
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    if sys.platform == "linux":  # glibc keeps freed memory: learning takes half the time
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: learning takes half the time
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     try:
-        args = tyro.cli(Args, description=__doc__)
-        checkpoint = None
-        if path := args.evaluate or (args.resume and args.resume / "last.pt"):
-            checkpoint = load_checkpoint(path)
-            defaults = dataclasses.replace(checkpoint["args"], evaluate=args.evaluate, resume=args.resume)
-            args = tyro.cli(Args, description=__doc__, default=defaults)
+        paths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        paths.add_argument("--resume", type=lambda folder: Path(folder, "last.pt"))
+        paths.add_argument("--evaluate", type=Path)
+        typed, _ = paths.parse_known_args()
+        path = typed.evaluate or typed.resume
+        checkpoint = load_checkpoint(path) if path else None
+        defaults = checkpoint["args"] if checkpoint else Args()
+        args = tyro.cli(Args, description=__doc__, default=defaults)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.evaluate:

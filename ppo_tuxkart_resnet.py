@@ -12,12 +12,15 @@ behind batch normalization of the EC418 notebook. `diff ppo_tuxkart.py ppo_tuxka
 On two cores without a GPU IMPALA takes about 1.7 times as long as ppo_tuxkart.py, and learns from fewer decisions.
 """
 
+import argparse
 import atexit
+import contextlib
 import copy
 import ctypes
 import dataclasses
 import functools
 import importlib.metadata
+import io
 import json
 import math
 import multiprocessing
@@ -150,7 +153,7 @@ class Args(Game):
             raise UsageError(f"{units} do not divide: type another --num-minibatches.")
         if self.grad_accum > units // self.num_minibatches:
             raise UsageError("A minibatch has fewer parts: type a smaller --grad-accum.")
-        if len(self.track) > min(self.num_envs, self.eval_episodes):
+        if len(self.track) > self.num_envs:
             raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
         if self.speed_curriculum and not (self.speed_cap and self.eval_interval):
             raise UsageError("--speed-curriculum needs a first cap: type --speed-cap 8 as well.")
@@ -386,17 +389,18 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, most: int, pieces: int) -> None:
-    """Moves batch normalization's running statistics towards those of `most` of the pictures (B, C, H, W),
-    which the network sees in pieces, each normalized by itself."""
+def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, args: Args) -> None:
+    """Moves batch normalization's running statistics towards those of a minibatch of the pictures
+    (B, C, H, W), which the network sees in pieces, each normalized by itself."""
+    most = args.num_envs * args.num_steps // args.num_minibatches
     norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     sums = [torch.zeros_like(torch.stack(pair)) for pair in before]  # of the mean and of the square
-    some = obs[torch.randperm(len(obs))[:most].to(obs.device)] if norms else obs[:0]
+    some = obs[torch.randperm(len(obs))[:most]].to(next(agent.parameters()).device) if norms else obs[:0]
     for norm in norms:
         norm.train().momentum = 1.0
-    for piece in some.tensor_split(min(pieces, len(some))) if norms else ():
-        agent(piece, torch.zeros(len(piece), 0, device=obs.device), None)
+    for piece in some.tensor_split(min(args.grad_accum, len(some))) if norms else ():
+        agent(piece, torch.zeros(len(piece), 0, device=piece.device), None)
         for norm, total in zip(norms, sums, strict=True):
             square = norm.running_var + norm.running_mean**2
             total += len(piece) / len(some) * torch.stack([norm.running_mean, square])
@@ -1357,7 +1361,9 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
 
 def save(contents: dict, path: Path) -> None:
     """Writes a checkpoint; a crash at any moment leaves either the old file or the new one."""
-    torch.save(contents, path.with_suffix(".tmp"))
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getvalue())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -1415,6 +1421,35 @@ def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) ->
     return rate == 1, [rate, -median, summary["progress"]]
 
 
+def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str, Tensor], list[dict]]:
+    """A rollout of all games, in new ones if one is lost. games: "envs", and "now", where they stand.
+
+    Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there is
+    the run that never stopped. Raises RunError.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    number = run["iteration"] * int(os.environ.get("WORLD_SIZE", 1)) + rank
+    seed = args.seed * 1_000_000 + number * args.num_envs
+    for attempt in range(PATIENCE):
+        try:
+            if not games["now"] or run["iteration"] % FRESH_GAMES == 0:
+                torch.manual_seed(seed + attempt)
+                games["envs"] = games["envs"] or make_envs(args, args.num_envs, first=rank * args.num_envs)
+                games["envs"].set_attr("speed_cap", run["lesson"]["cap"])
+                games["envs"].set_attr("finish_line", run["finish_line"])
+                games["now"] = reset_games(games["envs"], agent, range(seed, seed + args.num_envs))
+                if run["iteration"] == 0 and not args.init_from:
+                    refresh_batch_norm(agent, torch.from_numpy(games["now"][0]), 1.0, args)
+            state = games["now"][1]
+            data, games["now"], episodes = rollout(games["envs"], agent, games["now"], args.num_steps)
+            return data | {"state": state}, episodes
+        except LOST_GAME:
+            end_games(games["envs"])
+            games.update(envs=None, now=None)
+            run["lost_games"] += 1
+    raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
+
+
 def train(args: Args, checkpoint: dict | None) -> None:
     """Learns, from the start or from a run's last.pt; writes runs/<name>/."""
     rank = int(os.environ.get("RANK", 0))
@@ -1426,7 +1461,6 @@ def train(args: Args, checkpoint: dict | None) -> None:
     run: dict[str, Any] = {"iteration": 0, "best": [], "lesson": lesson, "recent": [], "lost_games": 0}
     run.update(finish_line=0.1 if args.moving_finish else 1.0, reached=[])
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
-    some = args.num_envs * args.num_steps // args.num_minibatches  # pictures of a minibatch
     if checkpoint:
         scaler.load_state_dict(checkpoint["scaler"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1442,11 +1476,9 @@ def train(args: Args, checkpoint: dict | None) -> None:
     if writer:
         writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
-    envs: Any = None
-    now: Any = None  # where the games stand
+    games: dict[str, Any] = {"envs": None, "now": None}
     last: dict = {}  # the last whole iteration, for last.pt
     saved_at = time.time()
-    lost_in_a_row = 0
     try:
         while run["iteration"] < num_iterations:
             # Anneal: the step size and the exploration fall linearly to zero
@@ -1455,29 +1487,8 @@ def train(args: Args, checkpoint: dict | None) -> None:
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             agent.epsilon = args.epsilon * left
 
-            # Collect num_steps decisions in every game. Now and then they begin afresh, from (seed,
-            # iteration) alone, so a run that is resumed there is the run that never stopped
-            try:
-                if now is None or run["iteration"] % FRESH_GAMES == 0:
-                    seed = args.seed * 1_000_000 + (run["iteration"] * world + rank) * args.num_envs
-                    torch.manual_seed(seed + lost_in_a_row)
-                    envs = envs or make_envs(args, args.num_envs, first=rank * args.num_envs)
-                    envs.set_attr("speed_cap", run["lesson"]["cap"])
-                    envs.set_attr("finish_line", run["finish_line"])
-                    now = reset_games(envs, agent, range(seed, seed + args.num_envs))
-                    if run["iteration"] == 0 and not args.init_from:
-                        refresh_batch_norm(agent, torch.from_numpy(now[0]), 1.0, some, args.grad_accum)
-                state = now[1]
-                data, now, episodes = rollout(envs, agent, now, args.num_steps)
-                lost_in_a_row = 0
-            except LOST_GAME as error:  # the iteration once more, in new games
-                end_games(envs)
-                envs = now = None
-                run["lost_games"] += 1
-                lost_in_a_row += 1
-                if lost_in_a_row == PATIENCE:
-                    raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.") from error
-                continue
+            # Collect num_steps decisions in every game
+            data, episodes = collect(args, agent, run, games)
             collected = time.time()
 
             # Advantages: what an action brought beyond what the critic expected
@@ -1485,8 +1496,8 @@ def train(args: Args, checkpoint: dict | None) -> None:
             data["returns"] = data["advantages"] + data["values"]
 
             # Learn: some passes in minibatches, on which the clipped objective stays near the old
-            metrics = ppo_update(agent, optimizer, scaler, data | {"state": state}, args)
-            refresh_batch_norm(agent, data["obs"].flatten(0, 1), 0.1, some, args.grad_accum)
+            metrics = ppo_update(agent, optimizer, scaler, data, args)
+            refresh_batch_norm(agent, data["obs"].flatten(0, 1), 0.1, args)
             metrics["charts/update_seconds"] = time.time() - collected
             run["iteration"] += 1
             step += batch_size
@@ -1498,21 +1509,22 @@ def train(args: Args, checkpoint: dict | None) -> None:
                 metrics.update({f"charts/{key}": x for key, x in summary.items() if isinstance(x, float)})
                 metrics["charts/finished"] = summary["finished"] / summary["races"]
             if args.moving_finish:
-                move_finish(run, episodes, envs)
+                move_finish(run, episodes, games["envs"])
                 metrics["charts/finish_line"] = run["finish_line"]
             cap = run["lesson"]["cap"]
             settings = vars(args) | {"speed_cap": cap, "resume": None, "init_from": None}
             weights = {"args": settings, "agent": agent.state_dict()}
-            if args.eval_interval and (run["iteration"] % args.eval_interval == 0 or step == bar.total):
-                passed, score = exam(args, agent, cap, writer, step) if writer else (False, [])
-                if score > run["best"]:
-                    run["best"] = score
-                    save(weights | run, folder / "best.pt")
-                if args.speed_curriculum:
-                    verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
-                    average_over_ranks([verdict])
-                    run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
-                    now = None  # an episode is driven below one cap
+            last_one = run["iteration"] == num_iterations
+            due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
+            passed, score = exam(args, agent, cap, writer, step) if due and writer else (False, [])
+            if score > run["best"]:
+                run["best"] = score
+                save(weights | run, folder / "best.pt")
+            if due and args.speed_curriculum:
+                verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
+                average_over_ranks([verdict])
+                run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
+                games["now"] = None  # an episode is driven below one cap
 
             # Save: scalars of every iteration, and now and then what a run goes on from
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -1522,15 +1534,17 @@ def train(args: Args, checkpoint: dict | None) -> None:
             for key, value in metrics.items() if writer else ():
                 writer.add_scalar(key, value, step)
             last = copy.deepcopy(weights | run | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-            due = run["iteration"] % FRESH_GAMES == 0 or time.time() - saved_at > SAVE_SECONDS
-            if writer and due:
+            fresh = run["iteration"] % FRESH_GAMES == 0
+            if writer and (fresh or time.time() - saved_at > SAVE_SECONDS):
                 save(last, folder / "last.pt")
                 saved_at = time.time()
-            bar.set_postfix(lap=metrics.get("charts/progress"), finished=metrics.get("charts/finished"))
+            if run["recent"]:
+                shown = (metrics["charts/progress"], metrics["charts/finished"])
+                bar.set_postfix(lap=f"{shown[0]:.0%}", finished=f"{shown[1]:.0%}")
             bar.update(batch_size)
     finally:  # however it ends: nothing is lost, and no process stays
         bar.close()
-        end_games(envs)
+        end_games(games["envs"])
         if writer and last:
             writer.close()
             save(last, folder / "last.pt")
@@ -1540,17 +1554,19 @@ def train(args: Args, checkpoint: dict | None) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they end a run by an exception: it saves
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    if sys.platform == "linux":  # glibc keeps freed memory: learning takes half the time
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: learning takes half the time
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     try:
-        args = tyro.cli(Args, description=__doc__)
-        checkpoint = None
-        if path := args.evaluate or (args.resume and args.resume / "last.pt"):
-            checkpoint = load_checkpoint(path)
-            defaults = dataclasses.replace(checkpoint["args"], evaluate=args.evaluate, resume=args.resume)
-            args = tyro.cli(Args, description=__doc__, default=defaults)
+        paths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        paths.add_argument("--resume", type=lambda folder: Path(folder, "last.pt"))
+        paths.add_argument("--evaluate", type=Path)
+        typed, _ = paths.parse_known_args()
+        path = typed.evaluate or typed.resume
+        checkpoint = load_checkpoint(path) if path else None
+        defaults = checkpoint["args"] if checkpoint else Args()
+        args = tyro.cli(Args, description=__doc__, default=defaults)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.summary:

@@ -19,6 +19,7 @@ Gymnasium's own CarRacing-v3, untouched.
 import contextlib
 import ctypes
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -54,7 +55,7 @@ from tqdm import tqdm
 
 
 class UsageError(ValueError):
-    """What was typed, or what the machine lacks: one sentence that says what to type next (exit code 2)."""
+    """What was typed, or what the machine lacks: one sentence on what to type (exit code 2)."""
 
 
 class RunError(RuntimeError):
@@ -633,24 +634,26 @@ def dream_returns(
 
 
 def save(contents: dict, path: Path) -> None:
-    """Writes a checkpoint so that a crash at any moment leaves either the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(contents, temporary)
-    os.replace(temporary, path)
+    """Writes a checkpoint; a crash at any moment leaves either the old file or the new one."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getvalue())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint with its "args" as Args; nothing in the file is executed. Raises UsageError."""
+    """A checkpoint with its "args" as Args; nothing in it is executed. Raises UsageError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
-        checkpoint["args"] = Args(**settings)  # what only older scripts could set is left out
-        return checkpoint
+        return checkpoint | {"args": Args(**settings)}  # without what only older scripts could set
+    except UsageError:  # settings that it cannot have been saved with by this script
+        raise
     except FileNotFoundError:
-        raise UsageError(f"There is no checkpoint {path}: type the path of a run's last.pt or best.pt.") from None
+        raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
     except Exception as error:  # whatever may be in a file
-        raise UsageError(f"{path} is not a checkpoint of this script: type another path.") from error
+        raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
 
 
 def load_weights(agent: Agent, checkpoint: dict, path: Path) -> None:

@@ -23,6 +23,19 @@ SCRIPTS = {
 }
 
 
+# What is still larger than that, and by how much it may be: none of it may grow, and each line here is to go
+NOT_YET = {
+    "ppo_tuxkart.py, lines": 1190,
+    "ppo_tuxkart.py, definitions": 62,
+    "ppo_tuxkart_resnet.py, lines": 1600,
+    "ppo_tuxkart_resnet.py, share of lines over 100": 0.075,
+    "ppo_tuxkart_resnet.py, deepest nesting, collect": 4,
+    "worldmodel_carracing.py, lines": 1220,
+    "changed lines between the twins": 610,
+    "tests/*.py, lines": 2380,
+}
+
+
 def depth(node: ast.AST) -> int:
     """Levels of nesting below a node; an elif is no level of its own, nor is a function in a function."""
     deepest = 0
@@ -91,8 +104,10 @@ def measure() -> dict[str, tuple[float, float]]:
 def main() -> None:
     too_large = 0
     for what, (size, most) in measure().items():
-        print(f"{what:60}{size:>12.5g} of {most:>9.7g}{'  TOO LARGE' * (size > most)}")
-        too_large += size > most
+        allowed = max(most, NOT_YET.get(what, 0))
+        word = "TOO LARGE" if size > allowed else "not yet" if size > most else ""
+        print(f"{what:60}{size:>12.5g} of {most:>9.7g}  {word}")
+        too_large += size > allowed
     if too_large:
         sys.exit(f"{too_large} are too large.")
 

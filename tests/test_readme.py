@@ -17,7 +17,8 @@ SCRIPTS = [ppo_tuxkart, ppo_tuxkart_resnet, worldmodel_carracing]
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [
     ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
 ]}  # fmt: skip
-TODAY = {name: text for name, text in PAGES.items() if name != "docs/results.md"}  # it quotes older commands
+OLDER = ("docs/results.md", "docs/benchmarks.md")  # they quote older commands, with their commits
+TODAY = {name: text for name, text in PAGES.items() if name not in OLDER}
 CODE = "\n".join(
     file.read_text() for file in ROOT.glob("**/*") if file.suffix in (".py", ".sh") and ".venv" not in file.parts
 )
