@@ -551,10 +551,14 @@ class TuxKartEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)
-        self.in_race = bool(options and options.get("race"))
+        options = options or {}
+        self.in_race = bool(options.get("race"))
+        self.speed_cap = options.get("speed_cap", self.speed_cap)
+        if "tracks" in options:
+            self.track = options["tracks"][self.np_random_seed % len(options["tracks"])]
         if self.race is None:
             self.start_engine()
-        if self.race is None or seed is not None or self.game.driver == "ai":
+        if self.race is None or seed is not None or "tracks" in options or self.game.driver == "ai":
             self.load_track()  # for the AI always: a restart would take the wheel from it
         else:
             self.race.restart()
@@ -810,8 +814,7 @@ def rollout(envs: Any, agent: Agent, now: tuple, num_steps: int, greedy: bool = 
 
 def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
     """A race a game. Returns their infos, with seed, actions (T, A) and pictures, uint8 (T, 3, H, W)."""
-    envs.set_attr("track", [tracks[seed % len(tracks)] for seed in seeds])
-    now = reset_games(envs, agent, seeds, {"race": True})
+    now = reset_games(envs, agent, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
     pieces = []
@@ -1041,8 +1044,9 @@ def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str,
             if not games["now"] or run["iteration"] % FRESH_GAMES == 0:
                 torch.manual_seed(seed + attempt)
                 games["envs"] = games["envs"] or make_envs(args, args.num_envs, first=rank * args.num_envs)
-                games["envs"].set_attr("speed_cap", run["lesson"]["cap"])
-                games["now"] = reset_games(games["envs"], agent, range(seed, seed + args.num_envs))
+                options = {"speed_cap": run["lesson"]["cap"]}
+                seeds = range(seed, seed + args.num_envs)
+                games["now"] = reset_games(games["envs"], agent, seeds, options)
             data, games["now"], episodes = rollout(games["envs"], agent, games["now"], args.num_steps)
             return data, episodes
         except LOST_GAME:

@@ -389,17 +389,16 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, args: Args) -> None:
-    """Moves batch normalization's running statistics towards those of a minibatch of the pictures
+def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, most: int, pieces: int) -> None:
+    """Moves batch normalization's running statistics towards those of `most` of the pictures
     (B, C, H, W), which the network sees in pieces, each normalized by itself."""
-    most = args.num_envs * args.num_steps // args.num_minibatches
     norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     sums = [torch.zeros_like(torch.stack(pair)) for pair in before]  # of the mean and of the square
     some = obs[torch.randperm(len(obs))[:most]].to(next(agent.parameters()).device) if norms else obs[:0]
     for norm in norms:
         norm.train().momentum = 1.0
-    for piece in some.tensor_split(min(args.grad_accum, len(some))) if norms else ():
+    for piece in some.tensor_split(min(pieces, len(some))) if norms else ():
         agent(piece, torch.zeros(len(piece), 0, device=piece.device), None)
         for norm, total in zip(norms, sums, strict=True):
             square = norm.running_var + norm.running_mean**2
@@ -827,10 +826,14 @@ class TuxKartEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)
-        self.in_race = bool(options and options.get("race"))
+        options = options or {}
+        self.in_race = bool(options.get("race"))
+        self.speed_cap = options.get("speed_cap", self.speed_cap)
+        if "tracks" in options:
+            self.track = options["tracks"][self.np_random_seed % len(options["tracks"])]
         if self.race is None:
             self.start_engine()
-        if self.race is None or seed is not None or self.game.driver == "ai":
+        if self.race is None or seed is not None or "tracks" in options or self.game.driver == "ai":
             self.load_track()  # for the AI always: a restart would take the wheel from it
         else:
             self.race.restart()
@@ -1029,6 +1032,7 @@ class PictureEnv(TuxKartEnv):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         self.burst, self.going_on, self.drifts, self.drift_from = 0, set[str](), False, 0.0
+        self.finish_line = (options or {}).get("finish_line", self.finish_line)
         return super().reset(seed=seed, options=options)
 
     def observation(self) -> np.ndarray:
@@ -1164,8 +1168,7 @@ def rollout(envs: Any, agent: Agent, now: tuple, num_steps: int, greedy: bool = 
 
 def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
     """A race a game. Returns their infos, with seed, actions (T, A) and pictures, uint8 (T, 3, H, W)."""
-    envs.set_attr("track", [tracks[seed % len(tracks)] for seed in seeds])
-    now = reset_games(envs, agent, seeds, {"race": True})
+    now = reset_games(envs, agent, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
     pieces = []
@@ -1396,13 +1399,13 @@ def next_lesson(lesson: dict, passed: bool, agent: Agent) -> dict:
     return lesson | {"cap": lesson["passed"] + increment, "increment": increment}
 
 
-def move_finish(run: dict, episodes: list[dict], envs: Any) -> None:
+def move_finish(run: dict, episodes: list[dict], games: dict) -> None:
     """Moves the finish line on by a twentieth of the lap when 70% of the last 32 episodes reached it."""
     run["reached"] += [episode["end"] in PictureEnv.finishes for episode in episodes if episode["from_line"]]
     if len(run["reached"]) >= 32 and np.mean(run["reached"][-32:]) > 0.7:
         run["finish_line"] = min(run["finish_line"] + 0.05, 1.0)
         run["reached"] = []
-        envs.set_attr("finish_line", run["finish_line"])
+        games["now"] = None  # an episode is driven to one line
 
 
 def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) -> tuple[bool, list]:
@@ -1435,11 +1438,12 @@ def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str,
             if not games["now"] or run["iteration"] % FRESH_GAMES == 0:
                 torch.manual_seed(seed + attempt)
                 games["envs"] = games["envs"] or make_envs(args, args.num_envs, first=rank * args.num_envs)
-                games["envs"].set_attr("speed_cap", run["lesson"]["cap"])
-                games["envs"].set_attr("finish_line", run["finish_line"])
-                games["now"] = reset_games(games["envs"], agent, range(seed, seed + args.num_envs))
-                if run["iteration"] == 0 and not args.init_from:
-                    refresh_batch_norm(agent, torch.from_numpy(games["now"][0]), 1.0, args)
+                options = {"speed_cap": run["lesson"]["cap"], "finish_line": run["finish_line"]}
+                seeds = range(seed, seed + args.num_envs)
+                games["now"] = reset_games(games["envs"], agent, seeds, options)
+            if run["iteration"] == 0 and not args.init_from:
+                pictures = torch.from_numpy(games["now"][0])
+                refresh_batch_norm(agent, pictures, 1.0, len(pictures), args.grad_accum)
             state = games["now"][1]
             data, games["now"], episodes = rollout(games["envs"], agent, games["now"], args.num_steps)
             return data | {"state": state}, episodes
@@ -1497,7 +1501,8 @@ def train(args: Args, checkpoint: dict | None) -> None:
 
             # Learn: some passes in minibatches, on which the clipped objective stays near the old
             metrics = ppo_update(agent, optimizer, scaler, data, args)
-            refresh_batch_norm(agent, data["obs"].flatten(0, 1), 0.1, args)
+            some = args.num_envs * args.num_steps // args.num_minibatches
+            refresh_batch_norm(agent, data["obs"].flatten(0, 1), 0.1, some, args.grad_accum)
             metrics["charts/update_seconds"] = time.time() - collected
             run["iteration"] += 1
             step += batch_size
@@ -1509,7 +1514,7 @@ def train(args: Args, checkpoint: dict | None) -> None:
                 metrics.update({f"charts/{key}": x for key, x in summary.items() if isinstance(x, float)})
                 metrics["charts/finished"] = summary["finished"] / summary["races"]
             if args.moving_finish:
-                move_finish(run, episodes, games["envs"])
+                move_finish(run, episodes, games)
                 metrics["charts/finish_line"] = run["finish_line"]
             cap = run["lesson"]["cap"]
             settings = vars(args) | {"speed_cap": cap, "resume": None, "init_from": None}

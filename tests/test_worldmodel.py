@@ -560,12 +560,12 @@ MISTAKES = {
     "--stages drive": "invalid choice",
     "--stages": "--stages names none",
     "--quick --temperature 0": "--temperature is 0.0",
-    "--init-from nothing.pt": "There is no checkpoint nothing.pt",
+    "--init-from nothing.pt": "There is no nothing.pt",
     "--dream text.pt": "text.pt is not a checkpoint",
     "--evaluate foreign.pt": "foreign.pt is not a checkpoint of this script",
     "--evaluate evil.pt": "evil.pt is not a checkpoint of this script",
     "--evaluate small.pt": "small.pt holds other networks",
-    "--resume runs/nothing": "There is no checkpoint runs/nothing/last.pt",
+    "--resume runs/nothing": "There is no runs/nothing/last.pt",
 }
 
 
