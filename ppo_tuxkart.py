@@ -1165,8 +1165,8 @@ def main() -> None:
         typed, _ = paths.parse_known_args()
         path = typed.evaluate or typed.resume
         checkpoint = load_checkpoint(path) if path else None
-        defaults = checkpoint["args"] if checkpoint else Args()
-        args = tyro.cli(Args, description=__doc__, default=defaults)
+        saved = {"default": checkpoint["args"]} if checkpoint else {}
+        args = tyro.cli(Args, description=__doc__, **saved)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.evaluate:
