@@ -564,6 +564,8 @@ class TuxKartEnv(gym.Env):
             self.race.restart()
         self.world.update()
         self.advance(1 / 120, self.stk.Action())
+        location = np.array(self.kart.location)
+        heading = self.heading
         if hasattr(self.world, "phase"):  # pystk2 counts down for 5 s before a kart can drive
             self.advance(4.9)
             while self.world.time == 0:
@@ -576,7 +578,7 @@ class TuxKartEnv(gym.Env):
             aside = random.uniform(-2, 2)
             askew = random.uniform(-10, 10)
             delay = 0.05 * int(random.integers(5)) * (self.game.num_karts == 1)  # none beside others
-            self.put(self.kart.location, aside, self.heading, askew, 1 / 120)
+            self.put(location, aside, heading, askew, 1 / 120)
             if self.game.driver == "ai":  # it would drive off, so its clock gets the delay instead
                 self.handicap = delay
             elif delay:
