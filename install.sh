@@ -125,7 +125,6 @@ fi
 debian=/usr/share/games/supertuxkart/data
 
 link_assets() { # FOLDER MARKER [KART]: with that kart alone, since the original engine loads all that there are
-    local file
     mkdir -p "$1/data/skins"
     for file in "$debian"/*; do
         case "${file##*/}" in

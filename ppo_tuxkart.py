@@ -2,7 +2,8 @@
 
 Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized
 advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih
-et al. 2015). The kart sees its last pictures; speed and place serve reward and episode end alone.
+et al. 2015). The kart sees its last pictures and nothing else; speed and place serve the reward, the
+episode's end, and the governor of those actions that ask for a speed.
 
     python ppo_tuxkart.py --track scotland                 # learn; all of it lands in runs/<name>/
     python ppo_tuxkart.py --resume runs/<name>             # go on after a stop or a crash
@@ -837,7 +838,8 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
 def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) -> list[dict]:
     """`race` for any number of seeds, in games of their own. Raises RunError if they are lost."""
     count = min(len(seeds), 2 * torch.get_num_threads())
-    waves = [(seeds * 2)[first : first + count] for first in range(0, len(seeds), count)]
+    rounds = range(0, len(seeds), count)
+    waves = [(seeds * 2)[first : first + count] for first in rounds]  # the first fill up the last one
     for _ in range(PATIENCE):
         envs = make_envs(args, count)
         try:

@@ -393,12 +393,14 @@ def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, most: int, pi
     """Moves batch normalization's running statistics towards those of `most` of the pictures
     (B, C, H, W), which the network sees in pieces, each normalized by itself."""
     norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+    if not norms:
+        return
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     sums = [torch.zeros_like(torch.stack(pair)) for pair in before]  # of the mean and of the square
-    some = obs[torch.randperm(len(obs))[:most]].to(next(agent.parameters()).device) if norms else obs[:0]
+    some = obs[torch.randperm(len(obs))[:most]].to(norms[0].running_mean.device)
     for norm in norms:
         norm.train().momentum = 1.0
-    for piece in some.tensor_split(min(pieces, len(some))) if norms else ():
+    for piece in some.tensor_split(min(pieces, len(some))):
         agent(piece, torch.zeros(len(piece), 0, device=piece.device), None)
         for norm, total in zip(norms, sums, strict=True):
             square = norm.running_var + norm.running_mean**2
@@ -561,7 +563,7 @@ def ppo_update(agent: Agent, optimizer: Any, scaler: Any, batch: dict[str, Tenso
             scaler.unscale_(optimizer)
             finite = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).isfinite()
             if not finite and scaler.get_scale() <= 1:  # above, float16 overflows now and then: no step is taken
-                raise RunError("The gradient is not a finite number: try a smaller --learning-rate.")
+                raise RunError("No finite gradient: look at --reward, or lower --learning-rate.")
             scaler.step(optimizer)
             scaler.update()
     metrics = {name: torch.stack([row[name] for row in history]).mean().item() for name in scalars}
@@ -1191,7 +1193,8 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
 def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) -> list[dict]:
     """`race` for any number of seeds, in games of their own. Raises RunError if they are lost."""
     count = min(len(seeds), 2 * torch.get_num_threads())
-    waves = [(seeds * 2)[first : first + count] for first in range(0, len(seeds), count)]
+    rounds = range(0, len(seeds), count)
+    waves = [(seeds * 2)[first : first + count] for first in rounds]  # the first fill up the last one
     for _ in range(PATIENCE):
         envs = make_envs(args, count)
         try:
@@ -1317,21 +1320,25 @@ def evaluate(args: Args, checkpoint: dict) -> None:
 
 def memory_needs(args: Args, agent: Agent, obs_shape: Sequence[int]) -> tuple[int, int, int]:
     """Bytes of the rollout's pictures, of a minibatch's activations and gradients, and of weights and Adam."""
-    picture, weights = math.prod(obs_shape), sum(parameter.numel() for parameter in agent.parameters())
-    outputs: list[int] = []
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.extend(output if isinstance(output, tuple) else [output])
+
     meta = copy.deepcopy(agent).to("meta")  # shapes without numbers
     for module in meta.modules():
-        if not list(module.children()) and not isinstance(module, nn.LSTMCell):
-            module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
-    games = args.num_envs // args.num_minibatches if agent.state_size else 1
-    rows = -(-args.num_envs * args.num_steps // args.num_minibatches // args.grad_accum)
-    games = max(games // args.grad_accum, 1)
+        if not list(module.children()):
+            module.register_forward_hook(keep)
+    steps = args.num_steps if agent.state_size else 1  # an LSTM learns from whole games
+    units = args.num_envs * args.num_steps // steps // args.num_minibatches
+    units = -(-units // args.grad_accum)  # in the largest piece of a minibatch
+    rows = units * steps
     obs = torch.zeros(rows, *obs_shape, dtype=torch.uint8, device="meta")
-    starts = torch.zeros(rows, dtype=torch.bool, device="meta")
-    meta(obs, torch.zeros(games if agent.state_size else rows, agent.state_size, device="meta"), starts)
+    meta(obs, torch.zeros(units, agent.state_size, device="meta"), torch.zeros(rows, device="meta").bool())
     passes = 1 if args.augment == "none" else 2
-    activations = passes * (8 * sum(outputs) + 4 * rows * picture)
-    return args.num_envs * args.num_steps * picture, activations, 16 * weights
+    activations = passes * (8 * sum(output.numel() for output in outputs) + 4 * obs.numel())
+    weights = sum(parameter.numel() for parameter in agent.parameters())
+    return args.num_envs * args.num_steps * math.prod(obs_shape), activations, 16 * weights
 
 
 def summarize_network(args: Args) -> None:
@@ -1403,8 +1410,9 @@ def next_lesson(lesson: dict, passed: bool, agent: Agent) -> dict:
 
 def move_finish(run: dict, episodes: list[dict], games: dict) -> None:
     """Moves the finish line on by a twentieth of the lap when 70% of the last 32 episodes reached it."""
-    run["reached"] += [episode["end"] in PictureEnv.finishes for episode in episodes if episode["from_line"]]
-    if len(run["reached"]) >= 32 and np.mean(run["reached"][-32:]) > 0.7:
+    reached = [episode["end"] in PictureEnv.finishes for episode in episodes if episode["from_line"]]
+    run["reached"] = [*run["reached"], *reached][-32:]
+    if len(run["reached"]) == 32 and np.mean(run["reached"]) > 0.7:
         run["finish_line"] = min(run["finish_line"] + 0.05, 1.0)
         run["reached"] = []
         games["now"] = None  # an episode is driven to one line
@@ -1466,7 +1474,7 @@ def train(args: Args, checkpoint: dict | None) -> None:
     lesson = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}
     run: dict[str, Any] = {"iteration": 0, "best": [], "lesson": lesson, "recent": [], "lost_games": 0}
     run.update(finish_line=0.1 if args.moving_finish else 1.0, reached=[])
-    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(next(agent.parameters()).device.type, enabled=args.amp == "fp16")
     if checkpoint:
         scaler.load_state_dict(checkpoint["scaler"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -84,7 +84,8 @@ def laps(settings: Laps) -> None:
     common.isolate()
     script: Any = importlib.import_module(settings.script)
     args, agent, seeds = common.load(script, settings.checkpoint, settings.track, settings.races)
-    races = {driver: script.race_all(args, agent, seeds, driver=driver) for driver in ("agent", "ai")}
+    ai = dataclasses.replace(args, driver="ai")
+    races = {"agent": script.race_all(args, agent, seeds), "ai": script.race_all(ai, agent, seeds)}
     edges = np.arange(0, races["agent"][0]["geometry"].length, settings.stretch)
     ours, theirs = (profile(races[driver], edges) for driver in ("agent", "ai"))
     table = {}

@@ -103,14 +103,13 @@ def learn(script: str, folder: Path, name: str, typed: list[str]) -> None:
         sys.exit(f"{name} did not come to its end:\n{done.stderr[-3000:]}")
 
 
-def load(script: Any, path: Path, track: str | None, races: int) -> tuple[Any, Any, range]:
+def load(script: Any, path: Path, track: str | None, races: int) -> tuple[Any, Any, list[int]]:
     """A checkpoint's settings, to race on its first track if on no other, network, and races' seeds."""
     checkpoint = script.load_checkpoint(path)
     args = dataclasses.replace(checkpoint["args"], eval_episodes=races)
     args.track = (track or args.track[0],)
-    agent, _ = script.make_agent(args)
-    script.load_weights(agent, checkpoint)
-    return args, agent, range(args.eval_seed, args.eval_seed + races)
+    agent = script.make_agent(args, checkpoint)
+    return args, agent, list(range(args.eval_seed, args.eval_seed + races))
 
 
 def places(race: dict) -> np.ndarray:

@@ -67,14 +67,16 @@ def main(settings: Networks) -> None:
         found = common.read_curves(settings.folder / "runs" / run)
         curves[name] = {tag: found.get(tag, []) for tag in ("charts/progress", "charts/finished")}
         last = {tag: curve[-1][1] for tag, curve in found.items()}
+        steps, rates = np.array(found["charts/SPS"]).T
+        seconds = np.diff(steps, prepend=0) / rates  # of each iteration
         table[name] = {
             "of the lap": last.get("charts/progress"),
             "finished": last.get("charts/finished"),
             "greedy": last.get("eval/finished"),
             "median lap": last.get("eval/median"),
-            "decisions/s": 1 / float(np.mean([1 / rate for _, rate in found["charts/SPS"]])),
-            "update s": statistics.median(seconds for _, seconds in found["charts/update_seconds"]),
-            "minutes": last["charts/elapsed_seconds"] / 60,
+            "decisions/s": float(steps[-1] / seconds.sum()),
+            "update s": statistics.median(update for _, update in found["charts/update_seconds"]),
+            "minutes": float(seconds.sum() / 60),
         }
         print(f"{name}: {table[name]['minutes']:.1f} minutes", flush=True)
         common.write_json(settings.out, settings, {"table": table, "curves": curves})

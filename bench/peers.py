@@ -284,9 +284,8 @@ def play_turn(settings: Peers, peer: str) -> None:
         total_timesteps=(settings.iterations + 1) * settings.num_envs * settings.num_steps,
         **{name: getattr(settings, name) for name in names},
     )
-    agent, _ = ppo_tuxkart.make_agent(args)
-    if settings.init_from:
-        ppo_tuxkart.load_weights(agent, ppo_tuxkart.load_checkpoint(settings.init_from))
+    checkpoint = ppo_tuxkart.load_checkpoint(settings.init_from) if settings.init_from else None
+    agent = ppo_tuxkart.make_agent(args, checkpoint)
     PLAY[peer.split(":")[0]](args, agent, turn := Turn())
     print(json.dumps(turn.figures()), flush=True)
 

@@ -15,14 +15,15 @@ import dataclasses
 import importlib
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import common
 import numpy as np
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 
 @dataclasses.dataclass
@@ -62,10 +63,11 @@ def draw(script: Any, laps: dict[str, list[dict]], table: dict[str, dict], path:
     rows = -(-len(laps) // 4)
     figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
     for number, (name, races) in enumerate(laps.items()):
-        picture = FigureCanvasAgg(script.draw_map(races))
-        picture.draw()
+        with tempfile.TemporaryDirectory() as folder:
+            script.show_races(races, Path(folder), 1)
+            picture = imread(Path(folder, "map.png"))
         axes = figure.add_subplot(rows, 4, number + 1)
-        axes.imshow(np.asarray(picture.buffer_rgba()))
+        axes.imshow(picture)
         axes.axis("off")
         axes.set_title(f"{name}\n{table[name]['finished']} of {len(races)}", fontsize=9)
     figure.savefig(path, dpi=150)

@@ -256,7 +256,7 @@ DEEP = {
     "lstm": "--memory lstm --base-channels 4 --random-action-prob 0.1 --moving-finish --augment shift",
     "conv2d": "--network conv2d --base-channels 8 --amp bf16 --grad-accum 2 --actions tuxkart --reward tuxkart",
     "resnet3d": "--network resnet3d --base-channels 4 --actions tuxkart_rescue --num-karts 3 --width 48 --height 48",
-    "ec418": "--network ec418 --base-channels 8 --actions ec418 --reward ec418",
+    "ec418": "--network ec418 --base-channels 8 --actions ec418 --reward ec418 --color gray",
 }
 
 

@@ -7,7 +7,7 @@ from conftest import INSTALLED, ROOT, run, slow
 
 RESULTS = ROOT / "bench" / "results"
 TRACKS = {"scotland": "scotland", "lighthouse": "lighthouse", "zengarden": "zengarden", "many": "scotland"}
-NO_FILMS = "script.film_race = script.write_mosaic = lambda *_: None"
+NO_FILMS = "script.film_race = script.show_races = lambda *_: None"
 
 
 @slow
