@@ -13,7 +13,6 @@ episode's end, and the governor of those actions that ask for a speed.
 On two cores without a GPU it finishes a race after 12 to 22 minutes, nearly all after an hour.
 """
 
-import argparse
 import atexit
 import contextlib
 import copy
@@ -45,6 +44,7 @@ import torch.distributed as dist
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -62,6 +62,7 @@ class Game:
     """How the game is played: the settings of `TuxKartEnv`, and the first of the flags."""
 
     engine: Literal["auto", "pystk", "pystk2"] = "auto"  # auto prefers pystk, which is faster
+    observe: Literal["pixels", "state", "both"] = "pixels"  # state: numbers, and nothing is drawn
     width: int = 64  # width of the picture, in pixels
     height: int = 64  # height of the picture, in pixels
     frame_stack: int = 2  # pictures the network sees, the newest last
@@ -98,6 +99,7 @@ class Args(Game):
     total_timesteps: int = 1_000_000  # decisions to learn from, all games together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
+    teacher: tuple[str, ...] = ("learn",)  # learn: one, first; none; or checkpoints, one for all or one a track
     resume: Path | None = None  # run folder to go on with; its settings hold but for those typed
     init_from: Path | None = None  # checkpoint to take the network's weights from, nothing else
     evaluate: Path | None = None  # checkpoint to race, beside the game's own AI; no learning
@@ -127,6 +129,10 @@ class Args(Game):
             raise UsageError(f"{batch} decisions do not divide: type another --num-minibatches.")
         if len(self.track) > self.num_envs:
             raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
+        if self.observe == "state":
+            self.teacher = ("none",)
+        if len(self.teacher) not in (1, len(self.track)):
+            raise UsageError("Type one --teacher for all tracks, or one for each.")
         if self.speed_curriculum and not (self.speed_cap and self.eval_interval):
             raise UsageError("--speed-curriculum needs a first cap: type --speed-cap 8 as well.")
 
@@ -157,16 +163,16 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 class Agent(nn.Module):
     """The Nature CNN with a policy head and a value head.
 
-    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an action, values
-    (B,), state, which is for networks with a memory, as `starts` is.
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an action, and
+    values (B,).
     """
 
-    state_size = 0
+    epsilon = 0.0  # share of uniformly random actions
+    teaching = 0.0  # weight of the divergence from the teacher
 
     def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
         super().__init__()
         self.nvec = [int(n) for n in nvec]
-        self.epsilon = 0.0
         self.convolutions = nn.Sequential(
             orthogonal(nn.Conv2d(obs_shape[0], 32, 8, stride=4), 2**0.5),
             nn.ReLU(),
@@ -182,10 +188,32 @@ class Agent(nn.Module):
         self.value = orthogonal(nn.Linear(512, 1), 1.0)
         self.to(memory_format=torch.channels_last)  # type: ignore  # faster on a CPU
 
-    def forward(self, obs: Tensor, state: Any = None, starts: Any = None) -> tuple:
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         pictures = obs.float().div_(255.0).contiguous(memory_format=torch.channels_last)
         hidden = self.hidden(self.convolutions(pictures))
-        return self.policy(hidden), self.value(hidden).squeeze(-1), state
+        return self.policy(hidden), self.value(hidden).squeeze(-1)
+
+
+class StateAgent(Agent):
+    """Two perceptrons. forward: float states (B, S) -> what `Agent` returns."""
+
+    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
+        nn.Module.__init__(self)
+        self.nvec = [int(n) for n in nvec]
+        sizes = (sum(self.nvec), 0.01), (1, 1.0)
+        self.policy, self.value = (
+            nn.Sequential(
+                orthogonal(nn.Linear(obs_shape[0], 256), 2**0.5),
+                nn.Tanh(),
+                orthogonal(nn.Linear(256, 256), 2**0.5),
+                nn.Tanh(),
+                orthogonal(nn.Linear(256, size), gain),
+            )
+            for size, gain in sizes
+        )
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.policy(obs), self.value(obs).squeeze(-1)
 
 
 def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: float) -> tuple:
@@ -231,6 +259,20 @@ def compute_gae(data: dict[str, Tensor], gamma: float, gae_lambda: float) -> Ten
     return advantages
 
 
+def teacher_kl(teacher_logits: Tensor, logits: Tensor, nvec: list[int]) -> Tensor:
+    """KL(teacher || student), summed over the parts of an action: logits (B, sum(nvec)) each -> (B,).
+
+    On the states that the student visits, and beside PPO's own loss: kickstarting (Schmitt et al. 2018,
+    https://arxiv.org/abs/1803.03835).
+    """
+    pairs = zip(logits.split(nvec, -1), teacher_logits.split(nvec, -1), strict=True)
+    parts = [
+        F.kl_div(mine.log_softmax(-1), its.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        for mine, its in pairs
+    ]
+    return torch.stack(parts).sum(0)
+
+
 def average_over_ranks(tensors: list[Any]) -> None:
     """With torchrun, puts the mean over all processes into each of the tensors, in one message."""
     if dist.is_initialized():
@@ -247,7 +289,7 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor
     batch: obs (B, C, H, W), actions (B, A), logprobs, advantages, returns (B,).
     KL: (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
     """
-    logits, values, _ = agent(batch["obs"])
+    logits, values = agent(batch["obs"])
     logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec, agent.epsilon)
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
@@ -257,7 +299,11 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor
     policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
     value_loss = 0.5 * ((values - batch["returns"]) ** 2).mean()
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
-    scalars = {
+    scalars = {}
+    if agent.teaching:
+        scalars["losses/teacher_kl"] = teacher_kl(batch["teacher_logits"], logits, agent.nvec).mean()
+        loss = loss + agent.teaching * scalars["losses/teacher_kl"]
+    scalars |= {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy.mean(),
@@ -394,6 +440,8 @@ def parse_reward(parts: Iterable[str]) -> dict[str, float]:
 ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # PyPI's "pystk" is another
 LAP_SECONDS = 150.0  # time limit of a lap, in game time
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
+AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres ahead that a state tells of
+ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
 
 
 @functools.cache
@@ -428,6 +476,20 @@ class TrackGeometry:
         self.length = float(length)
         self.vectors = self.nodes[:, 1] - self.nodes[:, 0]
         self.headings = np.arctan2(self.vectors[:, 0], self.vectors[:, 2])
+
+        ring = [0]  # the segments of a lap: a branch that leaves it is not the road ahead
+        while len(ring) == len(set(ring)):
+            ring.append(int(((self.nodes[:, 0] - self.nodes[ring[-1], 1]) ** 2).sum(-1).argmin()))
+        rounds = np.array([*ring[:-1], *ring[:-1]])
+        self.milestones = self.distances[rounds, 0]
+        self.milestones[len(ring) - 1 :] += self.length
+        self.milestones = np.maximum.accumulate(self.milestones)
+        self.road = np.column_stack([self.nodes[rounds, 0], self.widths[rounds]])
+
+    def ahead(self, distance: float) -> np.ndarray:
+        """The middle of the road, x, y, z, and its width, at AHEAD's metres beyond a distance: (11, 4)."""
+        columns = [np.interp(distance + AHEAD, self.milestones, column) for column in self.road.T]
+        return np.stack(columns, -1)
 
     def gain(self, before: float, after: Any) -> Any:
         """Metres from one distance down the track to another, in [-length/2, length/2)."""
@@ -486,7 +548,10 @@ class TuxKartEnv(gym.Env):
         self.speed_cap = self.game.speed_cap
         choices, self.controls = ACTIONS[self.game.actions]
         shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
-        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        pixels = gym.spaces.Box(0, 255, shape, np.uint8)
+        state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
+        both = gym.spaces.Dict({"obs": pixels, "state": state})
+        self.observation_space = {"pixels": pixels, "state": state, "both": both}[self.game.observe]
         self.action_space = gym.spaces.MultiDiscrete(choices(len(self.game.speeds)))
         self.picture = np.zeros((3, *shape[1:]), np.uint8)
         self.race: Any = None
@@ -495,7 +560,8 @@ class TuxKartEnv(gym.Env):
         """Starts the game, once in a process."""
         game = self.game
         alone = game.num_karts == 1
-        wanted = (self.versions["engine"], game.width, game.height, game.driver, alone)
+        self.drawn = game.driver == "agent" and game.observe != "state"
+        wanted = (self.versions["engine"], game.width, game.height, self.drawn, alone)
         if TuxKartEnv.started not in (None, wanted):
             raise RuntimeError("A process runs one game of one size: use AsyncVectorEnv.")
         # Mesa filters anisotropically in a loop, up to 71 s a frame; its threads gain nothing.
@@ -515,7 +581,7 @@ class TuxKartEnv(gym.Env):
             os.dup2(1, 2)
         self.stk = importlib.import_module(self.versions["engine"])
         if not TuxKartEnv.started:
-            graphics = getattr(self.stk.GraphicsConfig, "none" if game.driver == "ai" else "ld")()
+            graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
             graphics.screen_width = game.width
             graphics.screen_height = game.height
             self.stk.init(graphics)
@@ -549,6 +615,13 @@ class TuxKartEnv(gym.Env):
         road = self.stk.Track()
         road.update()
         self.geometry = TrackGeometry(road.path_nodes, road.path_width, road.path_distance, road.length)
+        self.world.update()
+        self.items = []  # of each kind: distances down the track, rising, and locations
+        for kinds in ITEMS:
+            points = [item.location for item in self.world.items if item.type.name in kinds]
+            places = sorted((self.geometry.locate(p, 0.0)[0], *map(float, p)) for p in points)
+            after_line = [(distance + road.length, *point) for distance, *point in places[:2]]
+            self.items.append(np.array([*places, *after_line, *[(math.inf, 0, 0, 0)] * 2]))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)
@@ -595,14 +668,16 @@ class TuxKartEnv(gym.Env):
             if abs(self.kart.location[1] - middle[1]) < 2:  # else it fell through the road
                 break
 
-        self.along = self.geometry.locate(self.kart.location, self.along)[0]
+        self.spot = self.geometry.locate(self.kart.location, self.along)
+        self.along = self.spot[0]
         to_line = -self.along % self.geometry.length  # most tracks' start is before the line
         laps = self.game.laps - 1 + (self.from_line and to_line < self.geometry.length / 2)
         self.distance = to_line + laps * self.geometry.length
         slowest = 2 * self.distance / (self.speed_cap or math.inf)
         self.limit = max(LAP_SECONDS * self.game.laps, slowest) if self.from_line else 30.0
         self.started_at = self.best_at = self.world.time
-        self.progress = self.best = self.speed = self.off_track_seconds = 0.0
+        self.progress = self.best = self.speed = self.off_track_seconds = self.drifted = 0.0
+        self.held: dict[str, Any] = dict.fromkeys(("steer", "acceleration", "brake", "drift", "nitro"), 0)
         self.returns = dict.fromkeys(self.weights, 0.0)
         self.trail: list[tuple[float, ...]] = []  # (clock, x, y, z, speed) after every decision
         self.frames = np.repeat(self.picture[None], self.game.frame_stack, 0)  # (K, 3, H, W)
@@ -624,7 +699,8 @@ class TuxKartEnv(gym.Env):
         now = self.world.time
         self.frames = np.concatenate([self.frames[1:], self.picture[None]])
 
-        along, offset, heading, width = self.geometry.locate(self.kart.location, self.along)
+        self.spot = self.geometry.locate(self.kart.location, self.along)
+        along, offset, heading, width = self.spot
         gain = min(self.geometry.gain(self.along, along), 60 * self.game.step_size)  # metres
         if self.kart.finish_time > 0:  # the gains of every race sum to the same
             gain = self.distance - self.progress
@@ -704,6 +780,8 @@ class TuxKartEnv(gym.Env):
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
         self.advance(self.game.step_size, self.stk.Action(**told))
+        self.held = controls
+        self.drifted = controls["drift"] * (self.drifted + self.game.step_size)
         return controls
 
     def advance(self, seconds: float, action: Any = None) -> None:
@@ -721,11 +799,74 @@ class TuxKartEnv(gym.Env):
         self.place = 1 + sum(rank > ranks[mine] for rank in ranks)
         ahead = np.array(self.kart.front) - np.array(self.kart.location)
         self.heading = math.atan2(ahead[0], ahead[2])  # radians from +z towards +x
-        if self.game.driver == "agent":  # a view: the next step draws over it
+        if self.drawn:  # a view: the next step draws over it
             self.picture = np.asarray(self.race.render_data[0].image).transpose(2, 0, 1)
 
-    def observation(self) -> np.ndarray:
-        return self.frames.reshape(self.observation_space.shape)
+    def state(self) -> np.ndarray:
+        """What a teacher sees, the same from both engines, float32 (S,); right, forward and up are positive.
+
+        0, 1    sine and cosine of the angle from the road's heading to the kart's
+        2, 3    offset from the middle of the road: half widths, and 10 m
+        4       width of the road, 20 m
+        5 to 7  velocity forward, to the right and up, 20, 10 and 10 m/s
+        8, 9    slope that it stands on, sine; 1 in the air
+        10      time since it made progress, 4 s
+        11      time for which drift was held, s: after a second there is a boost when it is released
+        12, 13  steering and nitro of the last decision
+        14-57   at each of AHEAD's metres the middle of the road: to the right, then forward, then up, as a
+                share of these metres; then the width of the road, 20 m
+        58-65   the next two items of each of ITEMS' kinds, taken or not: to the right, 10 m, then forward,
+                50 m; 0 and 2 where none is nearer than 100 m
+
+        Not in it, because pystk tells nothing about it: nitro in the tank, charge of the skid, zippers. Nor
+        is the place on the track, so that one network can drive many.
+        """
+        kart = self.kart
+        along, offset, road_heading, width = self.spot
+        x, y, z = kart.location
+        sine, cosine = math.sin(self.heading), math.cos(self.heading)
+        east, up, north = kart.velocity
+        nose = kart.front[1] - y
+        numbers = [
+            math.sin(self.heading - road_heading),
+            math.cos(self.heading - road_heading),
+            2 * offset / width,
+            offset / 10,
+            width / 20,
+            (east * sine + north * cosine) / 20,
+            (east * cosine - north * sine) / 10,
+            up / 10,
+            nose,
+            kart.jumping,
+            (self.world.time - self.best_at) / 4,
+            self.drifted,
+            self.held["steer"],
+            self.held["nitro"],
+        ]
+        road = self.geometry.ahead(along)
+        firsts = [np.searchsorted(places[:, 0], along) for places in self.items]
+        items = np.concatenate([p[first : first + 2] for p, first in zip(self.items, firsts, strict=True)])
+        near = items[:, 0] < along + 100
+        points = np.concatenate([road[:, :3], items[:, 1:]]) - (x, y, z)
+        right = points[:, 0] * cosine - points[:, 2] * sine
+        forward = points[:, 0] * sine + points[:, 2] * cosine
+        split = len(AHEAD)
+        parts = (
+            numbers,
+            right[:split] / AHEAD,
+            forward[:split] / AHEAD,
+            points[:split, 1] / AHEAD,
+            road[:, 3] / 20,
+            np.where(near, right[split:] / 10, 0),
+            np.where(near, forward[split:] / 50, 2),
+        )
+        return np.concatenate(parts, dtype=np.float32)
+
+    def observation(self) -> Any:
+        pixels = self.frames.reshape(-1, *self.frames.shape[2:])
+        if self.game.observe == "pixels":
+            return pixels
+        return self.state() if self.game.observe == "state" else {"obs": pixels, "state": self.state()}
 
     def render(self) -> np.ndarray:
         return self.picture.transpose(1, 2, 0).copy()
@@ -753,10 +894,10 @@ def make_env(args: Args, track: str, **changes: Any) -> TuxKartEnv:
     return TuxKartEnv(track, **(settings | changes))
 
 
-def make_envs(args: Args, count: int, first: int = 0) -> Any:
+def make_envs(args: Args, count: int, first: int = 0, **changes: Any) -> Any:
     """Games that play in step, each in a process of its own; they take the tracks in turn."""
     tracks = [args.track[i % len(args.track)] for i in range(first, first + count)]
-    makers = [functools.partial(make_env, args, track) for track in tracks]
+    makers = [functools.partial(make_env, args, track, **changes) for track in tracks]
     return gym.vector.AsyncVectorEnv(makers, copy=False, autoreset_mode="SameStep")
 
 
@@ -768,62 +909,63 @@ def end_games(envs: Any) -> None:
         envs.closed = True
 
 
-def reset_games(envs: Any, agent: Agent, seeds: Sequence[int], options: Any = None) -> tuple:
-    """Begins episodes. Returns where N games stand: pictures (N, C, H, W), the agent's state, starts (N,)."""
+def reset_games(envs: Any, seeds: Sequence[int], options: Any = None) -> dict[str, np.ndarray]:
+    """Begins episodes. Returns what N games show: "obs" (N, ...), and "state" where a teacher sees it."""
     envs.reset_async(list(seeds), options)
     obs, _ = envs.reset_wait(10 * SILENCE)  # a busy machine takes long to load a track
-    device = next(agent.parameters()).device
-    state = torch.zeros(len(obs), agent.state_size, device=device)
-    return obs, state, torch.ones(len(obs), dtype=torch.bool, device=device)
+    return obs if isinstance(obs, dict) else {"obs": obs}
 
 
 @torch.no_grad()
-def rollout(envs: Any, agent: Agent, now: tuple, num_steps: int, greedy: bool = False) -> tuple:
-    """Plays T = num_steps decisions in each of N games. now: where they stand (`reset_games`).
+def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool = False) -> tuple:
+    """Plays T = num_steps decisions in each of N games. shown: what they show now (`reset_games`).
 
-    Returns a dict of tensors (T, N, ...), where they stand then, and infos of episodes that ended.
+    Returns a dict of tensors (T, N, ...), what they show then, and infos of episodes that ended.
     """
-    obs, state, starts = now
-    device = starts.device
+    device = next(agent.parameters()).device
     epsilon = 0.0 if greedy else agent.epsilon
-    all_obs = torch.zeros((num_steps, *obs.shape), dtype=torch.uint8, device=device)
-    steps, cut_off, episodes = [], [], []
+    history = {
+        name: torch.zeros((num_steps, *view.shape), dtype=torch.from_numpy(view).dtype, device=device)
+        for name, view in shown.items()
+    }
+    steps, episodes, cut_off = [], [], []
     for t in range(num_steps):
-        all_obs[t] = torch.from_numpy(obs)
-        step = {"starts": starts}
-        logits, step["values"], state = agent(all_obs[t], state, starts)
+        for name, view in shown.items():
+            history[name][t] = torch.from_numpy(view)
+        step = {}
+        logits, step["values"] = agent(history["obs"][t])
         step["actions"] = choose_actions(logits, agent.nvec, epsilon, greedy)
         step["logprobs"], _ = evaluate_actions(logits, step["actions"], agent.nvec, epsilon)
         envs.step_async(step["actions"].cpu().numpy())
         obs, rewards, terminations, truncations, infos = envs.step_wait(SILENCE)
+        shown = obs if isinstance(obs, dict) else {"obs": obs}
         step["rewards"] = torch.from_numpy(rewards).float().to(device)
         step["terminations"] = torch.from_numpy(terminations).to(device)
-        step["dones"] = starts = torch.from_numpy(terminations | truncations).to(device)
+        step["dones"] = torch.from_numpy(terminations | truncations).to(device)
         steps.append(step)
         for i in np.flatnonzero(terminations | truncations).tolist():
             info = {name: column.tolist()[i] for name, column in infos["final_info"].items()}
             episodes.append(info | {"game": i})
             if truncations[i]:
-                cut_off.append((t, i, infos["final_obs"][i], state[i : i + 1]))
-    data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    data["obs"] = all_obs
-    last_values = agent(torch.from_numpy(obs).to(device), state, starts)[1]
+                last = infos["final_obs"][i]
+                cut_off.append((t, i, last["obs"] if isinstance(last, dict) else last))
+    data = history | {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    last_values = agent(torch.from_numpy(shown["obs"]).to(device))[1]
     data["next_values"] = torch.cat([data["values"][1:], last_values[None]])
-    for t, i, picture, memory in cut_off:  # V of its own last picture, not of the next episode's
-        picture = torch.from_numpy(picture)[None].to(device)
-        data["next_values"][t, i] = agent(picture, memory, torch.zeros_like(starts[:1]))[1][0]
-    return data, (obs, state, starts), episodes
+    for t, i, last in cut_off:  # V of what it showed last, not of the next episode's first
+        data["next_values"][t, i] = agent(torch.from_numpy(last)[None].to(device))[1][0]
+    return data, shown, episodes
 
 
 def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
-    """A race a game. Returns their infos, with seed, actions (T, A) and pictures, uint8 (T, 3, H, W)."""
-    now = reset_games(envs, agent, seeds, {"race": True, "tracks": tracks})
+    """A race a game. Returns their infos, with seed, actions (T, A) and obs (T, ...)."""
+    shown = reset_games(envs, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
     pieces = []
     races: dict[int, dict] = {}
     while len(races) < len(seeds):
-        data, now, episodes = rollout(envs, agent, now, 20, greedy)
+        data, shown, episodes = rollout(envs, agent, shown, 20, greedy)
         pieces.append(data)
         for info in episodes:
             races.setdefault(info["game"], info)  # what a game plays after its race does not count
@@ -831,7 +973,7 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
         steps = len(info["trail"])
         info["seed"] = seeds[i]
         info["actions"] = torch.cat([data["actions"][:, i] for data in pieces])[:steps].cpu()
-        info["pictures"] = torch.cat([data["obs"][:, i, -3:] for data in pieces])[:steps].cpu()
+        info["obs"] = torch.cat([data["obs"][:, i] for data in pieces])[:steps].cpu()
     return [races[i] for i in range(len(seeds))]
 
 
@@ -893,8 +1035,10 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
     figure.colorbar(dots, label="m/s")
     figure.savefig(folder / "map.png")
 
+    if races[0]["obs"].ndim < 4:  # nothing was drawn
+        return
     columns = math.ceil(min(len(races), 16) ** 0.5)
-    film = nn.utils.rnn.pad_sequence([run["pictures"] for run in races[:16]])  # (T, races, 3, H, W)
+    film = nn.utils.rnn.pad_sequence([run["obs"][:, -3:] for run in races[:16]])  # (T, races, 3, H, W)
     missing = film.new_zeros(len(film), -film.shape[1] % columns, *film.shape[2:])
     film = torch.cat([film, missing], 1).unflatten(1, (-1, columns))  # (T, rows, columns, 3, H, W)
     film = film.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # (T, rows * H, columns * W, 3)
@@ -904,7 +1048,7 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
 
 def film_race(args: Args, run: dict, path: Path) -> None:
     """Drives a race again, from its seed and actions, and films it: 640 x 480, three pictures a decision."""
-    env = make_env(args, run["track"], width=640, height=480, frame_stack=1)
+    env = make_env(args, run["track"], width=640, height=480, observe="pixels")
     env.reset(seed=run["seed"], options={"race": True})
     advance = env.advance
     with imageio.get_writer(path, fps=3 / args.step_size, macro_block_size=2) as film:
@@ -965,14 +1109,17 @@ def evaluate(args: Args, checkpoint: dict) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-FRESH_GAMES = 16  # iterations after which all games begin afresh and last.pt is written
+TEACHER_STEPS = 400_000  # decisions that a teacher learns from
+TEACHING = 400_000  # decisions over which a teacher's weight falls from one to zero
+FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations after which all games begin afresh and last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
 
 
 def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     """The network on its device, with a checkpoint's weights if one is given. Raises UsageError."""
     env = make_env(args, args.track[0])
-    agent = Agent(env.observation_space.shape, env.action_space.nvec)
+    network = StateAgent if args.observe == "state" else Agent
+    agent = network(env.observation_space.shape, env.action_space.nvec)
     try:
         agent.load_state_dict(checkpoint["agent"] if checkpoint else agent.state_dict())
     except (KeyError, RuntimeError) as error:
@@ -995,7 +1142,8 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
-        return checkpoint | {"args": Args(**settings)}  # without what only older scripts could set
+        settings = {"teacher": ("none",)} | settings  # older scripts had none, and other settings
+        return checkpoint | {"args": Args(**settings)}
     except UsageError:  # settings that it cannot have been saved with by this script
         raise
     except FileNotFoundError:
@@ -1035,7 +1183,7 @@ def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) ->
 
 
 def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str, Tensor], list[dict]]:
-    """A rollout of all games, in new ones if one is lost. games: "envs", and "now", where they stand.
+    """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown" last.
 
     Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there is
     the run that never stopped. Raises RunError.
@@ -1045,28 +1193,52 @@ def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str,
     seed = args.seed * 1_000_000 + number * args.num_envs
     for attempt in range(PATIENCE):
         try:
-            if not games["now"] or run["iteration"] % FRESH_GAMES == 0:
+            if not games["shown"] or run["iteration"] % FRESH_GAMES[args.observe] == 0:
                 torch.manual_seed(seed + attempt)
-                games["envs"] = games["envs"] or make_envs(args, args.num_envs, first=rank * args.num_envs)
+                observe = args.observe if args.teacher == ("none",) else "both"
+                games["envs"] = games["envs"] or make_envs(
+                    args, args.num_envs, first=rank * args.num_envs, observe=observe
+                )
                 options = {"speed_cap": run["lesson"]["cap"]}
                 seeds = range(seed, seed + args.num_envs)
-                games["now"] = reset_games(games["envs"], agent, seeds, options)
-            data, games["now"], episodes = rollout(games["envs"], agent, games["now"], args.num_steps)
+                games["shown"] = reset_games(games["envs"], seeds, options)
+            data, games["shown"], episodes = rollout(games["envs"], agent, games["shown"], args.num_steps)
             return data, episodes
         except LOST_GAME:
             end_games(games["envs"])
-            games.update(envs=None, now=None)
+            games.update(envs=None, shown=None)
             run["lost_games"] += 1
     raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
 
 
-def train(args: Args, checkpoint: dict | None) -> None:
-    """Learns, from the start or from a run's last.pt; writes runs/<name>/."""
+def snapshot(args: Args, agent: Agent, optimizer: Any, run: dict) -> dict:
+    """A copy of all that a run goes on from."""
+    settings = vars(args) | {"speed_cap": run["lesson"]["cap"], "resume": None, "init_from": None}
+    state = {"args": settings, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    return copy.deepcopy(state | run)
+
+
+def load_teachers(args: Args) -> list[Agent]:
+    """Networks that learnt the same actions with --observe state. Raises UsageError."""
+    teachers = []
+    for path in args.teacher if args.teacher not in (("learn",), ("none",)) else ():
+        checkpoint = load_checkpoint(Path(path))
+        theirs = checkpoint["args"]
+        if (theirs.observe, theirs.actions, theirs.speeds) != ("state", args.actions, args.speeds):
+            raise UsageError(f"{path} teaches no such actions: learn it with --observe state --actions {args.actions}")
+        teachers.append(make_agent(theirs, checkpoint))
+    return teachers
+
+
+def train(args: Args, folder: Path) -> Agent:
+    """Learns, from nothing or from the last.pt of a run's folder, which it writes. Returns the network."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    checkpoint = load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
     torch.manual_seed(args.seed)
     agent = make_agent(args, checkpoint or (args.init_from and load_checkpoint(args.init_from)))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    teachers = load_teachers(args)
     lesson = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}
     run: dict[str, Any] = {"iteration": 0, "best": [], "lesson": lesson, "recent": [], "lost_games": 0}
     if checkpoint:
@@ -1075,17 +1247,19 @@ def train(args: Args, checkpoint: dict | None) -> None:
     batch_size = args.num_envs * args.num_steps * world
     num_iterations = max(args.total_timesteps // batch_size, 1)
     step = run["iteration"] * batch_size
-    name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = args.resume or Path("runs", name)
-    if rank == 0 and not checkpoint and folder.exists():
-        raise UsageError(f"There is a run {folder}: type another --name, or --resume {folder}")
     writer: Any = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     if writer:
         writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
-    games: dict[str, Any] = {"envs": None, "now": None}
-    last: dict = {}  # the last whole iteration, for last.pt
+    bar.set_description("teacher" if args.observe == "state" else None)
+    games: dict[str, Any] = {"envs": None, "shown": None}
+    last = snapshot(args, agent, optimizer, run)  # the last whole iteration
     saved_at = time.time()
+    if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
+        if writer and not checkpoint:
+            save(last, folder / "last.pt")
+        steps = min(args.total_timesteps, TEACHER_STEPS)
+        teachers = [train(dataclasses.replace(args, observe="state", total_timesteps=steps), folder / "teacher")]
     try:
         while run["iteration"] < num_iterations:
             # Anneal: the step size and the exploration fall linearly to zero
@@ -1093,10 +1267,18 @@ def train(args: Args, checkpoint: dict | None) -> None:
             left = 1 - run["iteration"] / num_iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             agent.epsilon = args.epsilon * left
+            agent.teaching = max(0.0, 1 - step / TEACHING) if teachers else 0.0
 
             # Collect num_steps decisions in every game
             data, episodes = collect(args, agent, run, games)
             collected = time.time()
+
+            # Ask the teacher what it would do in every state that the student came to
+            if agent.teaching:
+                games_teachers = [teachers[(rank * args.num_envs + i) % len(teachers)] for i in range(args.num_envs)]
+                with torch.no_grad():
+                    advice = [teacher(data["state"][:, i])[0] for i, teacher in enumerate(games_teachers)]
+                data["teacher_logits"] = torch.stack(advice, 1)
 
             # Advantages: what an action brought beyond what the critic expected
             data["advantages"] = compute_gae(data, args.gamma, args.gae_lambda)
@@ -1116,29 +1298,28 @@ def train(args: Args, checkpoint: dict | None) -> None:
                 metrics.update({f"charts/{key}": x for key, x in summary.items() if isinstance(x, float)})
                 metrics["charts/finished"] = summary["finished"] / summary["races"]
             cap = run["lesson"]["cap"]
-            settings = vars(args) | {"speed_cap": cap, "resume": None, "init_from": None}
-            weights = {"args": settings, "agent": agent.state_dict()}
             last_one = run["iteration"] == num_iterations
             due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
             passed, score = exam(args, agent, cap, writer, step) if due and writer else (False, [])
             if score > run["best"]:
                 run["best"] = score
-                save(weights | run, folder / "best.pt")
+                save(snapshot(args, agent, optimizer, run) | {"optimizer": None}, folder / "best.pt")
             if due and args.speed_curriculum:
                 verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
                 average_over_ranks([verdict])
                 run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
-                games["now"] = None  # an episode is driven below one cap
+                games["shown"] = None  # an episode is driven below one cap
 
             # Save: scalars of every iteration, and now and then what a run goes on from
+            metrics["charts/teaching"] = agent.teaching
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/SPS"] = batch_size / (time.time() - started)
             metrics["charts/lost_games"] = run["lost_games"]
             metrics["charts/speed_cap"] = cap or math.inf
             for key, value in metrics.items() if writer else ():
                 writer.add_scalar(key, value, step)
-            last = copy.deepcopy(weights | run | {"optimizer": optimizer.state_dict()})
-            fresh = run["iteration"] % FRESH_GAMES == 0
+            last = snapshot(args, agent, optimizer, run)
+            fresh = run["iteration"] % FRESH_GAMES[args.observe] == 0
             if writer and (fresh or time.time() - saved_at > SAVE_SECONDS):
                 save(last, folder / "last.pt")
                 saved_at = time.time()
@@ -1149,10 +1330,10 @@ def train(args: Args, checkpoint: dict | None) -> None:
     finally:  # however it ends: nothing is lost, and no process stays
         bar.close()
         end_games(games["envs"])
-        if writer and last:
+        if writer:
             writer.close()
             save(last, folder / "last.pt")
-            print(f"saved: type --resume {folder} to go on, --evaluate {folder}/last.pt to race it")
+    return agent
 
 
 def main() -> None:
@@ -1163,21 +1344,26 @@ def main() -> None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     try:
-        paths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        paths.add_argument("--resume", type=lambda folder: Path(folder, "last.pt"))
-        paths.add_argument("--evaluate", type=Path)
-        typed, _ = paths.parse_known_args()
-        path = typed.evaluate or typed.resume
-        checkpoint = load_checkpoint(path) if path else None
-        saved = {"default": checkpoint["args"]} if checkpoint else {}
-        args = tyro.cli(Args, description=__doc__, **saved)
+        args = tyro.cli(Args, description=__doc__)
+        path = args.evaluate or (args.resume and args.resume / "last.pt")
+        if path:  # its settings hold but for those typed
+            checkpoint = load_checkpoint(path)
+            args = tyro.cli(Args, description=__doc__, default=checkpoint["args"])
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.evaluate:
             for track in args.track:
                 evaluate(dataclasses.replace(args, track=(track,)), checkpoint)
-        else:
-            train(args, checkpoint)
+            return
+        name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = args.resume or Path("runs", name)
+        if not args.resume and folder.exists():
+            raise UsageError(f"There is a run {folder}: type another --name, or --resume {folder}")
+        try:
+            train(args, folder)
+        finally:
+            if (folder / "last.pt").exists():
+                print(f"saved: type --resume {folder} to go on, --evaluate {folder}/last.pt to race it")
     except (UsageError, RunError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
