@@ -25,17 +25,22 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
+import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads spin
 
+import filelock
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
@@ -79,6 +84,12 @@ class Game:
     speed_cap: float | None = None  # m/s that the kart keeps below, whatever was decided
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward, str):
+            self.reward = (self.reward,)
+        for name, kind in typing.get_type_hints(Game).items():
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            if choices and getattr(self, name) not in choices:
+                raise UsageError(f"{name} is {getattr(self, name)}: type one of {', '.join(choices)}.")
         for name, (least, most) in BOUNDS.items():
             value = getattr(self, name, None)
             if value is not None and not least <= value <= most:
@@ -86,8 +97,6 @@ class Game:
                 raise UsageError(f"{name} is {value}: type a number from {least:.4g} to {most}.")
         if not self.speeds or list(self.speeds) != sorted({abs(speed) for speed in self.speeds}):
             raise UsageError("The speeds are in m/s, the slowest first: type --speeds 8 16 24.")
-        if self.actions not in ACTIONS:
-            raise UsageError(f"There are no such actions: type --actions {' or '.join(ACTIONS)}.")
         parse_reward(self.reward)
 
 
@@ -463,6 +472,22 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
     return game, sorted(tracks - {"overworld", "tutorial"})
 
 
+def private_home(engine: str) -> dict[str, str]:
+    """Variables that keep what an engine writes apart from the player's own game: pystk2 would reset its saves."""
+    if "SUPERTUXKART_SAVEDIR" in os.environ:
+        return {}
+    home = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
+    home.mkdir(exist_ok=True)
+    if engine == "pystk2":  # it looks for its assets below XDG_CACHE_HOME
+        assets = Path(importlib.import_module("platformdirs").user_cache_dir("PySuperTuxKart2", "bpiwowar"))
+        assets.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another process has just done it
+            (home / assets.name).unlink(missing_ok=True)
+            (home / assets.name).symlink_to(assets)
+    names = ("SUPERTUXKART_SAVEDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
+    return dict.fromkeys(names, str(home))
+
+
 class TrackGeometry:
     """The track's centre line in segments, and where points lie along it; in metres and radians.
 
@@ -533,7 +558,8 @@ class TuxKartEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
-    started: tuple | None = None  # which game this process has begun
+    started: tuple | None = None  # the process that has begun a game, and which
+    playing: Any = None  # the environment whose race it is
     events: tuple[str, ...] = ()  # what began with the last decision, where a subclass tells
     finishes: tuple[str, ...] = ("finished", "line")  # the ends that are good ones
 
@@ -562,7 +588,10 @@ class TuxKartEnv(gym.Env):
         alone = game.num_karts == 1
         self.drawn = game.driver == "agent" and game.observe != "state"
         wanted = (self.versions["engine"], game.width, game.height, self.drawn, alone)
-        if TuxKartEnv.started not in (None, wanted):
+        process, begun = TuxKartEnv.started or (os.getpid(), wanted)
+        if process != os.getpid():
+            raise RuntimeError("This process was forked from one that plays: fork before, or spawn it.")
+        if begun != wanted:
             raise RuntimeError("A process runs one game of one size: use AsyncVectorEnv.")
         # Mesa filters anisotropically in a loop, up to 71 s a frame; its threads gain nothing.
         hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
@@ -584,10 +613,11 @@ class TuxKartEnv(gym.Env):
             graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
             graphics.screen_width = game.width
             graphics.screen_height = game.height
-            self.stk.init(graphics)
+            with mock.patch.dict(os.environ, private_home(self.versions["engine"])):
+                self.stk.init(graphics)
             atexit.register(self.stk.clean)
-        atexit.register(self.close)  # before the engine is cleaned up
-        TuxKartEnv.started = wanted
+            atexit.register(lambda: TuxKartEnv.playing and TuxKartEnv.playing.close())  # before it
+        TuxKartEnv.started = (os.getpid(), wanted)
         self.world = self.stk.WorldState()
         # Wind and the like move with the wall clock, and no two races would look alike.
         library = ctypes.CDLL(self.stk.__file__)
@@ -598,7 +628,8 @@ class TuxKartEnv(gym.Env):
 
     def load_track(self) -> None:
         """Loads the track; everything in the game is new after it, the camera too."""
-        self.close()  # the engine allows one race at a time
+        if TuxKartEnv.playing:  # the engine allows one race at a time
+            TuxKartEnv.playing.close()
         config = self.stk.RaceConfig(track=self.track, num_kart=self.game.num_karts)
         for name in ("laps", "reverse", "difficulty", "step_size"):
             setattr(config, name, getattr(self.game, name))
@@ -612,6 +643,7 @@ class TuxKartEnv(gym.Env):
             seed_or_clock(0)
         self.race = self.stk.Race(config)
         self.race.start()
+        TuxKartEnv.playing = self
         road = self.stk.Track()
         road.update()
         self.geometry = TrackGeometry(road.path_nodes, road.path_width, road.path_distance, road.length)
@@ -693,6 +725,8 @@ class TuxKartEnv(gym.Env):
         self.advance(seconds)
 
     def step(self, action: Iterable[int]) -> tuple[np.ndarray, float, bool, bool, dict]:
+        if self.race is None:
+            raise RuntimeError("No race is on, or another environment has taken the game: call reset().")
         before = self.world.time
         place = self.place
         controls = self.drive([int(choice) for choice in action])
@@ -874,6 +908,7 @@ class TuxKartEnv(gym.Env):
     def close(self) -> None:
         if self.race is not None:
             self.race.stop()
+            TuxKartEnv.playing = None
         self.race = None
 
 
@@ -1117,7 +1152,7 @@ SAVE_SECONDS = 240.0  # after which it is written in any case
 
 def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     """The network on its device, with a checkpoint's weights if one is given. Raises UsageError."""
-    env = make_env(args, args.track[0])
+    env, *_ = [make_env(args, track) for track in args.track]  # each is checked
     network = StateAgent if args.observe == "state" else Agent
     agent = network(env.observation_space.shape, env.action_space.nvec)
     try:
@@ -1336,34 +1371,71 @@ def train(args: Args, folder: Path) -> Agent:
     return agent
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: by its affinity, its container's quota and OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
+    """A run's folder, new or resumed, while no other process may write it; says how to go on. Raises UsageError."""
+    quoted = shlex.quote(str(folder))
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=resumed)
+        lock.acquire()
+    except FileExistsError:
+        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
+    except filelock.Timeout:
+        raise UsageError(f"{folder} belongs to a run that goes on: stop that first, or type another --name.") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): start it in another folder.") from error
+    try:
+        yield folder
+    finally:
+        if (folder / "last.pt").exists():
+            print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
+        lock.release()
+
+
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they end a run by an exception: it saves
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        # they end a run by an exception: it saves
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: learning takes half the time
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    torch.set_num_threads(usable_cores())
     try:
         args = tyro.cli(Args, description=__doc__)
-        path = args.evaluate or (args.resume and args.resume / "last.pt")
+        if args.resume and args.resume.is_file():
+            args.resume = args.resume.parent
+        folder = args.resume
+        path = args.evaluate or (folder and folder / "last.pt")
         if path:  # its settings hold but for those typed
             checkpoint = load_checkpoint(path)
             args = tyro.cli(Args, description=__doc__, default=checkpoint["args"])
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if not dist.is_torchelastic_launched():
+                raise UsageError("WORLD_SIZE is set, but not by torchrun: type unset WORLD_SIZE")
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.evaluate:
             for track in args.track:
                 evaluate(dataclasses.replace(args, track=(track,)), checkpoint)
             return
         name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = args.resume or Path("runs", name)
-        if not args.resume and folder.exists():
-            raise UsageError(f"There is a run {folder}: type another --name, or --resume {folder}")
-        try:
+        make_agent(args, args.init_from and load_checkpoint(args.init_from))  # what is wrong is said before
+        load_teachers(args)  # anything is written
+        with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
             train(args, folder)
-        finally:
-            if (folder / "last.pt").exists():
-                print(f"saved: type --resume {folder} to go on, --evaluate {folder}/last.pt to race it")
     except (UsageError, RunError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -22,6 +23,10 @@ MISTAKES = {
     "--track scotlnd": "There is no track scotlnd: type",
     "--track battleisland": "There is no track battleisland",
     "--num-envs 3 --num-steps 5": "type another --num-minibatches",
+    "--seed 100000000000000000000": "type a number from 0",
+    "--teacher nothing.pt": "nothing.pt: type the path of a",
+    "--teacher small.pt": "learn it with --observe state",
+    "--teacher a.pt b.pt": "Type one --teacher for all tracks",
     "--track abyss hacienda --num-envs 1": "type --num-envs 2 or more",
     "--evaluate nothing.pt": "nothing.pt: type the path of a",
     "--evaluate text.pt": "text.pt is not a checkpoint",
@@ -85,6 +90,43 @@ def test_help_explains_every_flag(monkeypatch, capfd):
         hidden = hasattr(field.type, "__metadata__")
         assert (f"--{field.name.replace('_', '-')}" in said) != hidden
     assert "seconds of game time for which an action is held" in said
+
+
+def test_world_size_without_torchrun(files, monkeypatch, capfd):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = start([], monkeypatch, capfd)
+    assert code == 2 and "type unset WORLD_SIZE" in said
+
+
+@pytest.mark.parametrize(
+    "quota, threads, cores", [("max 100000", None, 8), ("150000 100000", None, 2), ("max 1", "3", 3)]
+)
+def test_cores_that_may_be_used(quota, threads, cores, monkeypatch):
+    """Of 64: by affinity eight, and what a container or the user allows."""
+    monkeypatch.setattr(ppo_tuxkart.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(ppo_tuxkart.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(ppo_tuxkart.Path, "read_text", lambda _: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert ppo_tuxkart.usable_cores() == cores
+
+
+def test_a_folder_with_spaces_that_cannot_be_written(tmp_path, capfd):
+    folder = tmp_path / "my runs"
+    with ppo_tuxkart.hold_folder(folder, resumed=False):
+        (folder / "last.pt").touch()
+        with pytest.raises(ppo_tuxkart.UsageError, match="belongs to a run that goes on"):
+            with ppo_tuxkart.hold_folder(folder, resumed=True):
+                pass
+    assert f"--resume '{folder}' to go on" in capfd.readouterr().out
+    with pytest.raises(ppo_tuxkart.UsageError, match=f"There is a run {folder}: type .* --resume '{folder}'"):
+        with ppo_tuxkart.hold_folder(folder, resumed=False):
+            pass
+    with pytest.raises(ppo_tuxkart.UsageError, match="cannot be written"):
+        with ppo_tuxkart.hold_folder(Path("/proc/run"), resumed=False):
+            pass
 
 
 FLAGS = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ppo_tuxkart.Args)] + ["--x"]

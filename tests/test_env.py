@@ -2,13 +2,16 @@
 
 import itertools
 import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import in_own_process, slow
+from conftest import ROOT, in_own_process, slow
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
@@ -67,6 +70,95 @@ def test_locate_stays_on_the_road_that_it_was_on():
     assert track.locate([2, 0, 1], 795.0)[0] == pytest.approx(1)  # over the start line
     assert track.locate([0, 0, 305], 100.0)[0] == pytest.approx(305)  # as after a jump
     assert track.locate([40, 0, 305], 300.0)[0] == pytest.approx(495)  # too far off: the nearest
+
+
+def bent_track(mirrored=False):
+    """A lap whose half from 200 to 400 m crosses above the first one."""
+    sign = -1.0 if mirrored else 1.0
+    points = [[0, 0, 0], [0, 0, 100], [sign * 50, 5, 100], [sign * 50, 8, 50], [sign * -50, 8, 50], [sign * -50, 0, 0]]
+    nodes = np.array([*itertools.pairwise([*points, points[0]])], float)
+    ends = np.linalg.norm(nodes[:, 1] - nodes[:, 0], axis=-1).cumsum()
+    distances = np.stack([np.append(0, ends[:-1]), ends], 1)
+    return TrackGeometry(nodes, [[10], [10], [12], [12], [14], [14]], distances, ends[-1])
+
+
+def state_at(track, location, heading, velocity, items=((), ()), **changes):
+    """What a kart would be told there, by name, without the game."""
+    env = TuxKartEnv(observe="state")
+    env.geometry, env.heading, env.world, env.best_at = track, heading, SimpleNamespace(time=3.0), 1.0
+    env.held, env.drifted = {"steer": 0.0, "nitro": 0.0, **changes}, 0.3
+    front = np.array(location) + 0.7 * np.array([math.sin(heading), 0.1, math.cos(heading)])
+    env.kart = SimpleNamespace(location=location, front=front, velocity=velocity, jumping=False)
+    env.spot = track.locate(location, 0.0)
+    places = [sorted((track.locate(p, 0.0)[0], *p) for p in points) for points in items]
+    env.items = [np.array([*rows, (math.inf, 0, 0, 0), (math.inf, 0, 0, 0)]) for rows in places]
+    numbers = env.state()
+    assert env.observation_space.contains(numbers)
+    n = len(ppo_tuxkart.AHEAD)
+    parts = {"right": numbers[14 : 14 + n], "forward": numbers[14 + n : 14 + 2 * n]}
+    parts |= {"up": numbers[14 + 2 * n : 14 + 3 * n], "width": numbers[14 + 3 * n : 14 + 4 * n]}
+    return {"first": numbers[:14], **parts, "items": numbers[14 + 4 * n :]}
+
+
+def test_what_a_teacher_is_told():
+    items = ([(1.0, 0.0, 30.0), (0.0, 0.0, 95.0)], [(-2.0, 0.0, 60.0)])
+    told = state_at(bent_track(), [2.0, 0.0, 20.0], 0.0, (1.0, 2.0, 10.0), items)
+    expected = [0, 1, 0.4, 0.2, 0.5, 0.5, 0.1, 0.2, 0.07, 0, 0.5, 0.3, 0, 0]
+    np.testing.assert_allclose(told["first"], expected, atol=1e-6)
+    ahead = ppo_tuxkart.AHEAD
+    straight = ahead <= 80
+    np.testing.assert_allclose(told["right"][straight], -2 / ahead[straight], rtol=1e-5)
+    np.testing.assert_allclose(told["forward"][straight], 1, rtol=1e-5)
+    at = list(ahead).index(100)  # 20 m behind the corner, on the slope
+    along = 20 / math.hypot(50, 5)
+    np.testing.assert_allclose(told["right"][at], (50 * along - 2) / 100, rtol=1e-4)
+    np.testing.assert_allclose([told["forward"][at], told["up"][at]], [0.8, 5 * along / 100], rtol=1e-4)
+    assert told["width"][0] == 0.5 and told["width"][-1] == pytest.approx(0.5 + 0.1 * 40 / math.hypot(50, 5))
+    # the items: to the right of the next two of either kind, then forward; none further
+    np.testing.assert_allclose(told["items"], [-0.1, -0.2, -0.4, 0, 0.2, 1.5, 0.8, 2], rtol=1e-5)
+
+
+def test_a_mirrored_kart_is_told_the_mirrored_state():
+    here = state_at(bent_track(), [2.0, 0.0, 70.0], 0.2, (1.0, 0.0, 9.0), (((3, 0, 80),), ()), steer=0.5)
+    there = state_at(bent_track(True), [-2.0, 0.0, 70.0], -0.2, (-1.0, 0.0, 9.0), (((-3, 0, 80),), ()), steer=-0.5)
+    signs = np.ones(14)
+    signs[[0, 2, 3, 6, 12]] = -1  # the heading's sine, the offsets, the speed across, the steering
+    np.testing.assert_allclose(there["first"], signs * here["first"], atol=1e-6)
+    np.testing.assert_allclose(there["right"], -here["right"], atol=1e-6)
+    for name in ("forward", "up", "width"):
+        np.testing.assert_allclose(there[name], here[name], atol=1e-6)
+    np.testing.assert_allclose(there["items"], here["items"] * [-1, -1, -1, -1, 1, 1, 1, 1], atol=1e-6)
+
+
+def test_the_road_ahead_goes_on_over_the_line_and_below_a_bridge():
+    track = bent_track()
+    start = state_at(track, [0.0, 0.0, 0.0], 0.0, (0.0, 0.0, 0.0))
+    before = math.atan2(50, 0)  # the last stretch leads towards +x
+    last = state_at(track, [-10.0, 0.0, 0.0], before, (0.0, 0.0, 0.0))
+    twenty = list(ppo_tuxkart.AHEAD).index(20)
+    assert last["forward"][twenty] == pytest.approx(0.5) and last["right"][twenty] == pytest.approx(-0.5)
+    below = state_at(track, [0.0, 0.0, 45.0], 0.0, (0.0, 0.0, 0.0))
+    above = state_at(track, [0.0, 8.0, 50.0], -math.pi / 2, (0.0, 0.0, 0.0))
+    assert abs(below["up"][:6]).max() < 1e-6 and start["width"][0] == 0.5  # not the bridge's road
+    assert above["first"][1] == pytest.approx(1, abs=1e-3) and above["width"][0] == pytest.approx(0.655)
+
+
+@in_own_process
+def raced(observe, state):
+    """A race by shipped weights that see pictures, and what the games told a teacher beside them."""
+    checkpoint = ppo_tuxkart.load_checkpoint(ROOT / "pretrained" / "scotland.pt")
+    args = checkpoint["args"]
+    agent = ppo_tuxkart.make_agent(args, checkpoint)
+    with mock.patch.object(TuxKartEnv, "state", lambda self: np.full(66, state, np.float32)):
+        envs = ppo_tuxkart.make_envs(args, 1, observe=observe)
+        (run,) = ppo_tuxkart.race(envs, agent, [1000], args.track, greedy=True)
+    ppo_tuxkart.end_games(envs)
+    return run["actions"].tolist(), run["finished"]
+
+
+def test_a_student_at_the_wheel_never_touches_the_state():
+    actions, finished = raced("pixels", math.nan)
+    assert finished and raced("both", math.nan) == (actions, True)
 
 
 # --- Rewards and actions
@@ -150,7 +242,7 @@ def test_gymnasiums_and_stable_baselines3s_checks(engine):
     with pytest.raises(ValueError, match="There is no track scotlnd: type"):
         gym.make("TuxKart-v0", track="scotlnd")
     env = gym.make("TuxKart-v0", engine=engine, render_mode="rgb_array")
-    check_env(env.unwrapped, skip_render_check=True)  # that check starts a second game
+    check_env(env.unwrapped)
     check_env_for_sb3(env.unwrapped, warn=False)
     env.reset(seed=0)
     picture = env.render()
@@ -158,9 +250,62 @@ def test_gymnasiums_and_stable_baselines3s_checks(engine):
     env.close()
     second = TuxKartEnv(engine=engine, frame_stack=3)
     assert second.reset(seed=0)[0].shape == (9, 64, 64)
-    second.close()
     with pytest.raises(RuntimeError, match="one game of one size"):
         TuxKartEnv(engine=engine, width=96).reset()
+
+
+WRONG = {"difficulty": 9, "laps": 0, "reward": "speeed", "track": "battleisland", "driver": "me", "observe": "all"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_gym_make_checks_what_it_is_given(name):
+    with pytest.raises(ValueError, match="type"):
+        gym.make("TuxKart-v0", **{name: WRONG[name]})
+
+
+@in_own_process
+def test_a_cell_that_is_run_twice(engine):
+    """The newest environment has the game; one that it was taken from says so, and gets it back by reset."""
+    first = gym.make("TuxKart-v0", engine=engine, reward="progress").unwrapped
+    first.reset()
+    with pytest.raises(ValueError, match="There is no track"):
+        gym.make("TuxKart-v0", engine=engine, track="nowhere")
+    second = gym.make("TuxKart-v0", engine=engine, track="lighthouse").unwrapped
+    second.reset()
+    second.step(FORWARD)
+    with pytest.raises(RuntimeError, match="call reset"):
+        first.step(FORWARD)
+    first.reset()
+    first.step(FORWARD)
+    with pytest.raises(AssertionError, match="forked from one that plays"):
+        in_own_process(second.reset)()
+
+
+@in_own_process
+def play_at(home, engine):
+    for name in ("SUPERTUXKART_SAVEDIR", "XDG_CONFIG_HOME"):
+        os.environ.pop(name, None)
+    os.environ["HOME"] = str(home)
+    env = gym.make("TuxKart-v0", engine=engine)
+    env.reset()
+    env.step(FORWARD)
+    env.close()
+    env.unwrapped.stk.clean()  # where it would write
+
+
+def test_a_players_own_game_is_left_alone(engine, tmp_path, monkeypatch):
+    saves = tmp_path / ".config" / "supertuxkart" / "config-0.10"
+    saves.mkdir(parents=True)
+    (saves / "players.xml").write_text("<players><player name='me'/></players>")
+    cache = Path.home() / ".cache" / "PySuperTuxKart2"
+    (tmp_path / ".cache").mkdir()
+    if cache.exists():
+        (tmp_path / ".cache" / cache.name).symlink_to(cache)
+    before = {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")}
+    monkeypatch.chdir(tmp_path)
+    play_at(tmp_path, engine)
+    after = {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")}
+    assert after == before
 
 
 @in_own_process

@@ -16,6 +16,7 @@ from ppo_tuxkart import (
     compute_gae,
     evaluate_actions,
     next_lesson,
+    teacher_kl,
 )
 
 
@@ -75,6 +76,34 @@ def test_the_mixture_with_epsilon_is_what_is_sampled(epsilon):
     torch.testing.assert_close(logprobs.exp().view(3, 2), expected)
 
 
+def test_the_teachers_divergence_against_torch_distributions():
+    torch.manual_seed(0)
+    nvec = [5, 3, 2]
+    teacher, student = 2 * torch.randn(2, 30, sum(nvec))
+    pairs = zip(teacher.split(nvec, -1), student.split(nvec, -1), strict=True)
+    kinds = [[torch.distributions.Categorical(logits=block) for block in pair] for pair in pairs]
+    expected = sum(torch.distributions.kl_divergence(theirs, ours) for theirs, ours in kinds)
+    torch.testing.assert_close(teacher_kl(teacher, student, nvec), expected)
+    assert teacher_kl(student, student, nvec).abs().max() < 1e-6
+
+
+def test_a_teacher_alone_is_imitated():
+    """Only the divergence has a gradient where there are no advantages and the bonus and the values weigh nothing."""
+    torch.manual_seed(0)
+    agent = ppo_tuxkart.StateAgent((6,), [3, 2])
+    agent.teaching = 1.0
+    obs, teacher_logits = torch.randn(64, 6), 2 * torch.randn(1, 5).expand(64, -1)
+    args = ppo_tuxkart.Args(ent_coef=0.0, vf_coef=0.0, epochs=100, num_minibatches=2)
+    zeros = torch.zeros(64)
+    batch = {"obs": obs, "teacher_logits": teacher_logits, "actions": torch.zeros(64, 2, dtype=torch.int64)}
+    batch |= dict.fromkeys(("advantages", "returns", "values", "logprobs"), zeros)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
+    first = teacher_kl(teacher_logits, agent(obs)[0], agent.nvec).mean()
+    metrics = ppo_tuxkart.ppo_update(agent, optimizer, batch, args)
+    assert teacher_kl(teacher_logits, agent(obs)[0], agent.nvec).mean() < 0.01 * first
+    assert 0 < metrics["losses/teacher_kl"] < first
+
+
 class TinyEnv(gym.Env):
     """Six random numbers; the reward is how well three choices match their signs. Ends at random."""
 
@@ -98,11 +127,11 @@ class SB3Network(torch.nn.Module):
 
     def __init__(self, policy, nvec):
         super().__init__()
-        self.policy, self.nvec, self.epsilon = policy, nvec, 0.0
+        self.policy, self.nvec, self.epsilon, self.teaching = policy, nvec, 0.0, 0.0
 
-    def forward(self, obs, state=None, starts=None):
+    def forward(self, obs):
         policy_features, value_features = self.policy.mlp_extractor(self.policy.extract_features(obs))
-        return self.policy.action_net(policy_features), self.policy.value_net(value_features)[:, 0], state
+        return self.policy.action_net(policy_features), self.policy.value_net(value_features)[:, 0]
 
 
 def test_a_whole_update_is_that_of_stable_baselines3():

@@ -15,8 +15,8 @@ from conftest import ROOT, Started, alive, metrics, run, slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SIZE = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--epochs", 1)
-SMALL = (*SIZE, "--eval-interval", 0)
-OFTEN = "script.FRESH_GAMES = 2"  # iterations between fresh games, where last.pt is written
+SMALL = (*SIZE, "--eval-interval", 0, "--teacher", "none")
+OFTEN = "script.FRESH_GAMES = dict.fromkeys(script.FRESH_GAMES, 2)"  # where last.pt is written
 SHORT = "script.LAP_SECONDS = 6.0"  # races end early
 SCRIPTS = {
     "ppo_tuxkart": (),
@@ -29,28 +29,46 @@ def same_weights(first, second):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def iteration(folder):
+    """The one that a run's last.pt goes on from, 0 if there is none."""
+    path = folder / "last.pt"
+    return torch.load(path, weights_only=True)["iteration"] if path.exists() else 0
+
+
+def kill(started, folder):
+    """Kills a run in the middle of an iteration, soon after a last.pt; all of its games die."""
+    started.wait_for(lambda: iteration(folder) >= 2)
+    games = started.games()
+    assert started.end(signal.SIGKILL)[0] == -signal.SIGKILL and len(games) >= 2 and not alive(games)
+    assert 2 <= iteration(folder) < 8 and iteration(folder) % 2 == 0
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_is_the_run_that_never_stopped(script, tmp_path):
-    """Killed in the middle of an iteration, all of its games die; then number for number, on a CPU."""
-    settings, where = [*SCRIPTS[script], *SMALL, "--seed", 5], {"cwd": tmp_path, "script": script}
-    total = ("--total-timesteps", 8 * 32)
-    whole = run(*settings, *total, "--name", "whole", patch=OFTEN, **where)
+    """Killed while its teacher learns and while it learns itself; then number for number, on a CPU."""
+    settings, where = (
+        [*SCRIPTS[script], *SMALL, "--seed", 5, "--total-timesteps", 8 * 32],
+        {"cwd": tmp_path, "script": script},
+    )
+    teaches = script == "ppo_tuxkart"
+    settings += ["--teacher", "learn"] if teaches else []
+    whole = run(*settings, "--name", "whole", patch=OFTEN, **where)
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "runs" / "killed"
-    with Started(*settings, *total, "--name", "killed", patch=OFTEN, **where) as started:
-        started.wait_for((folder / "last.pt").exists)
-        started.wait_for(lambda: started.decisions() >= 3 * 32)
-        games = started.games()
-        assert started.end(signal.SIGKILL)[0] == -signal.SIGKILL and len(games) >= 2 and not alive(games)
-    kept = torch.load(folder / "last.pt", weights_only=True)["iteration"]
-    assert 2 <= kept < 8 and kept % 2 == 0
+    with Started(*settings, "--name", "killed", patch=OFTEN, **where) as started:
+        kill(started, folder / "teacher" if teaches else folder)
+    if teaches:
+        with Started("--resume", folder, patch=OFTEN, **where) as started:
+            kill(started, folder)
     resumed = run("--resume", folder, patch=OFTEN, **where)
     assert resumed.returncode == 0, resumed.stderr
-    expected, found = metrics(tmp_path / "runs" / "whole"), metrics(folder)
-    assert list(expected) == list(found) == [32 * n for n in range(1, 9)]
-    assert found == expected
-    assert max(row["losses/ratio_error"] for row in found.values()) < 1e-5
-    assert same_weights(folder / "last.pt", tmp_path / "runs" / "whole" / "last.pt")
+    for part in (".", "teacher") if teaches else (".",):
+        expected, found = metrics(tmp_path / "runs" / "whole" / part), metrics(folder / part)
+        assert list(expected) == list(found) == [32 * n for n in range(1, 9)]
+        assert found == expected
+        assert max(row["losses/ratio_error"] for row in found.values()) < 1e-5
+        assert same_weights(folder / part / "last.pt", tmp_path / "runs" / "whole" / part / "last.pt")
+    assert not teaches or all(0 < row["losses/teacher_kl"] < 10 for row in metrics(folder).values())
 
 
 def test_ctrl_c_saves_the_last_iteration_and_says_how_to_go_on(tmp_path):
@@ -67,8 +85,10 @@ def test_ctrl_c_saves_the_last_iteration_and_says_how_to_go_on(tmp_path):
     assert "--resume runs/stopped" in again.stderr
     with Started("--resume", folder, cwd=tmp_path) as started:
         started.wait_for(lambda: started.decisions() >= 6 * 32)
-        code, output = started.end(signal.SIGTERM)
-    assert code == 143 and "Traceback" not in output, output
+        other = run("--resume", folder / "last.pt", cwd=tmp_path)  # the file instead of its folder
+        assert other.returncode == 2 and "belongs to a run that goes on" in other.stderr, other.stderr
+        code, output = started.end(signal.SIGHUP)
+    assert code == 129 and "Traceback" not in output, output
 
 
 KEYS = """track seeds engine engine_version assets checkpoint iteration greedy sampled ai finished lap_times median
@@ -116,7 +136,18 @@ def test_a_mistake_in_a_reward_is_shown_whole_and_at_once(tmp_path):
 def trained(tmp_path_factory):
     """Some 10,000 decisions of learning: the working folder and the run's."""
     cwd = tmp_path_factory.mktemp("learning")
-    settings = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 10_240, "--random-start", 0.2]
+    settings = [
+        "--teacher",
+        "none",
+        "--num-envs",
+        8,
+        "--num-steps",
+        64,
+        "--total-timesteps",
+        10_240,
+        "--random-start",
+        0.2,
+    ]
     settings += ["--eval-interval", 20, "--eval-episodes", 2, "--seed", 2, "--name", "trained"]
     finished = run(*settings, cwd=cwd, patch="script.LAP_SECONDS = 60.0")
     assert finished.returncode == 0, finished.stderr
@@ -140,9 +171,30 @@ def test_ten_thousand_decisions_of_learning_help(trained):
 
 
 @slow
+def test_a_teacher_of_its_own_and_races_of_one(trained):
+    """Learnt by itself, raced beside the AI, filmed, and given to a student on two tracks."""
+    cwd, _ = trained
+    seen = ("--observe", "state", "--track", "lighthouse", "--num-envs", 2, "--num-steps", 64, "--eval-episodes", 2)
+    learnt = run(*seen, "--total-timesteps", 1280, "--name", "teacher", cwd=cwd, patch=SHORT)
+    assert learnt.returncode == 0, learnt.stderr
+    raced = run("--evaluate", "runs/teacher/last.pt", cwd=cwd, patch=SHORT)
+    assert raced.returncode == 0, raced.stderr
+    (folder,) = (cwd / "runs").glob("last-lighthouse-*")
+    assert {file.name for file in folder.iterdir()} == {"evaluation.json", "map.png", "best_race.mp4"}
+    assert imageio.v3.imread(folder / "best_race.mp4").std() > 20
+    two = ("--track", "lighthouse", "olivermath", "--teacher", "runs/teacher/last.pt", *SIZE, "--eval-interval", 0)
+    student = run(*two, "--total-timesteps", 64, "--name", "student", cwd=cwd)
+    assert student.returncode == 0, student.stderr
+    rows = metrics(cwd / "runs" / "student")
+    assert rows[32]["charts/teaching"] == 1 and 0 < rows[32]["losses/teacher_kl"] < 10
+    wrong = run(*two, "--actions", "ec418", cwd=cwd)
+    assert wrong.returncode == 2 and "--observe state --actions ec418" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+@slow
 def test_weights_begin_another_run_on_several_tracks(trained):
     cwd, folder = trained
-    two = ("--track", "lighthouse", "olivermath", *SIZE, "--total-timesteps", 64, "--name", "two")
+    two = ("--track", "lighthouse", "olivermath", *SIZE, "--teacher", "none", "--total-timesteps", 64, "--name", "two")
     races = ("--eval-interval", 2, "--eval-episodes", 2)
     learnt = run("--init-from", folder / "best.pt", *two, *races, cwd=cwd, patch=SHORT)
     assert learnt.returncode == 0, learnt.stderr

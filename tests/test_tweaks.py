@@ -8,7 +8,9 @@ import sys
 import pytest
 from conftest import ROOT, metrics, slow
 
-TINY = ("--num-envs 2 --num-steps 16 --num-minibatches 2 --epochs 1 --total-timesteps 64 --eval-interval 0").split()
+TINY = (
+    "--num-envs 2 --num-steps 16 --num-minibatches 2 --epochs 1 --total-timesteps 64 --eval-interval 0 --teacher none"
+).split()
 PAGES = [ROOT / "docs" / "tweaks.md", ROOT / "README.md"]
 # a diff, then any text, then the command that uses it, where the page gives one
 BLOCK = re.compile(r"```diff\n(.*?)```(?:(?:(?!```).)*?```bash\n(.*?)```)?", re.DOTALL)
