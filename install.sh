@@ -3,24 +3,24 @@
 #
 #   ./install.sh                     as root, or as a user who may use sudo; a second run changes nothing
 #   ./install.sh --engine pystk2     without the original engine, whose build takes minutes
-#   PYTHON=python3.12 ./install.sh   with that Python (3.11 to 3.13)
+#   PYTHON=python3.12 ./install.sh   with that Python (3.11 to 3.14)
 set -euo pipefail
 cd "$(dirname "$0")"
 
 venv=$PWD/.venv
+[ -n "${XDG_CACHE_HOME:-${HOME:-}}" ] || { echo "HOME is not set: type \`HOME=/a/folder ./install.sh\`." >&2 && exit 1; }
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/ppo_tuxkart
 log=$cache/install.log
 to_run=(ca-certificates libegl1 libgl1 libgl1-mesa-dri libglib2.0-0 libglx0 libopengl0 libx11-6 supertuxkart-data)
 to_build=(g++ libgl-dev libopengl-dev libx11-dev)
 pystk=1.1.2
-
 say() { echo "install.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
 quietly() { "$@" >>"$log" 2>&1; }
 
 engines=(pystk pystk2)
 case "$*" in
-    "" | "--engine auto") ;;
+    "" | "--engine auto" | "--engine pystk") ;;
     "--engine pystk2") engines=(pystk2) ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
     *) die "There is no option \`$*\`: type \`./install.sh\` or \`./install.sh --engine pystk2\`." ;;
@@ -51,11 +51,11 @@ version() { # NAME: of that package in .venv, or nothing
 
 # --- Python, the system's packages, .venv
 
-for python in ${PYTHON:-python3 python3.13 python3.12 python3.11} ""; do
+for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11} ""; do
     series=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>>"$log") || continue
-    [[ $series =~ ^3\.1[123]$ ]] && break
+    [[ $series =~ ^3\.1[1-4]$ ]] && break
 done
-[ -n "$python" ] || die "Python 3.11, 3.12 or 3.13 is needed${PYTHON:+, which $PYTHON is not}: type" \
+[ -n "$python" ] || die "Python 3.11 to 3.14 is needed${PYTHON:+, which $PYTHON is not}: type" \
     "\`sudo apt-get install python3.11 python3.11-venv\`, or \`PYTHON=/path/to/python3.12 ./install.sh\`."
 command -v dpkg-query >>"$log" || die "This is neither Debian nor Ubuntu: install Mesa's EGL and SuperTuxKart with" \
     "your system's tools, then type \`pip install -r requirements.txt\`."

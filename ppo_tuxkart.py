@@ -3,9 +3,12 @@
 Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized
 advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih
 et al. 2015). The kart sees its last pictures and nothing else; speed and place serve the reward, the
-episode's end, and the governor of those actions that ask for a speed.
+episode's end, the governor of those actions that ask for a speed, and a teacher: a small network that
+sees the state of the game learns first, fast, since nothing is drawn for it, and the kart then learns
+from its advice and from PPO (Chen et al. 2019, https://arxiv.org/abs/1912.12294; `teacher_kl`).
 
     python ppo_tuxkart.py --track scotland                 # learn; all of it lands in runs/<name>/
+    python ppo_tuxkart.py --track scotland --teacher none  # from pixels alone: PPO and nothing else
     python ppo_tuxkart.py --resume runs/<name>             # go on after a stop or a crash
     python ppo_tuxkart.py --evaluate runs/<name>/best.pt   # race it against the game's own AI
     tensorboard --logdir runs                              # watch it
@@ -1265,6 +1268,13 @@ def load_teachers(args: Args) -> list[Agent]:
     return teachers
 
 
+@torch.no_grad()
+def ask_teachers(teachers: list[Agent], state: Tensor, first: int) -> Tensor:
+    """Logits (T, N, ...) of the teachers, of which the games have one each in turn, for their states (T, N, S)."""
+    advice = [teachers[(first + i) % len(teachers)](state[:, i])[0] for i in range(state.shape[1])]
+    return torch.stack(advice, 1)
+
+
 def train(args: Args, folder: Path) -> Agent:
     """Learns, from nothing or from the last.pt of a run's folder, which it writes. Returns the network."""
     rank = int(os.environ.get("RANK", 0))
@@ -1310,10 +1320,7 @@ def train(args: Args, folder: Path) -> Agent:
 
             # Ask the teacher what it would do in every state that the student came to
             if agent.teaching:
-                games_teachers = [teachers[(rank * args.num_envs + i) % len(teachers)] for i in range(args.num_envs)]
-                with torch.no_grad():
-                    advice = [teacher(data["state"][:, i])[0] for i, teacher in enumerate(games_teachers)]
-                data["teacher_logits"] = torch.stack(advice, 1)
+                data["teacher_logits"] = ask_teachers(teachers, data["state"], rank * args.num_envs)
 
             # Advantages: what an action brought beyond what the critic expected
             data["advantages"] = compute_gae(data, args.gamma, args.gae_lambda)
@@ -1406,8 +1413,7 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        # they end a run by an exception: it saves
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # a run then saves
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: learning takes half the time
         mallopt = ctypes.CDLL("libc.so.6").mallopt

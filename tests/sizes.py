@@ -17,9 +17,9 @@ NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # script: its lines, flags, definitions, and the line before which its network begins
 SCRIPTS = {
-    "ppo_tuxkart": (1000, 40, 60, 550),
-    "ppo_tuxkart_resnet": (1250, 50, None, None),
-    "worldmodel_carracing": (1050, 32, None, None),
+    "ppo_tuxkart": (1100, 40, 65, 550),
+    "ppo_tuxkart_resnet": (1350, 50, None, None),
+    "worldmodel_carracing": (1090, 32, None, None),
 }
 
 
@@ -93,7 +93,7 @@ def measure() -> dict[str, tuple[float, float]]:
     readme = (ROOT / "README.md").read_bytes()
     found["README.md, lines"] = (readme.count(b"\n"), 230)
     found["README.md, bytes"] = (len(readme), 16 * 1024)
-    for folder, most in (("tests", 2200), ("bench", 1500)):
+    for folder, most in (("tests", 2700), ("bench", 1600)):
         counts = [file.read_bytes().count(b"\n") for file in (ROOT / folder).glob("**/*.py")]
         found[f"{folder}/*.py, lines"] = (sum(counts), most)
     files = [file.stat().st_size for file in (ROOT / "bench" / "results").rglob("*") if file.is_file()]

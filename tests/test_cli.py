@@ -2,6 +2,8 @@
 
 import dataclasses
 import multiprocessing
+import os
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -127,6 +129,12 @@ def test_a_folder_with_spaces_that_cannot_be_written(tmp_path, capfd):
     with pytest.raises(ppo_tuxkart.UsageError, match="cannot be written"):
         with ppo_tuxkart.hold_folder(Path("/proc/run"), resumed=False):
             pass
+
+
+def test_install_without_a_home():
+    environment = {"PATH": os.environ["PATH"]}
+    stopped = subprocess.run([ROOT / "install.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    assert stopped.returncode == 1 and stopped.stderr == "HOME is not set: type `HOME=/a/folder ./install.sh`.\n"
 
 
 FLAGS = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ppo_tuxkart.Args)] + ["--x"]

@@ -44,6 +44,7 @@ def test_links_lead_somewhere(page):
 # of other programs
 OTHERS = (
     "help logdir extra-index-url standalone nproc-per-node max-restarts nnodes rdzv-backend rdzv-endpoint name-only"
+    " job-name nodes ntasks cpus-per-task mem time signal requeue"
 )
 
 

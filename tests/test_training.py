@@ -212,6 +212,18 @@ def test_weights_begin_another_run_on_several_tracks(trained):
         assert (result["ai_median"] is None) == (track == "lighthouse")  # which takes longer than that
 
 
+@slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_every_way_to_start_a_process(method, tmp_path):
+    patch = f"import multiprocessing\nmultiprocessing.set_start_method('{method}')"
+    races = ("--eval-interval", 2, "--eval-episodes", 2)
+    learnt = run(*SIZE, *races, "--total-timesteps", 64, "--name", method, cwd=tmp_path, patch=patch)
+    assert learnt.returncode == 0, learnt.stderr
+    assert (
+        list(metrics(tmp_path / "runs" / method)) == [32, 64] and (tmp_path / "runs" / method / "mosaic.mp4").exists()
+    )
+
+
 # --- Slow: faults
 
 
