@@ -1,0 +1,1479 @@
+"""PPO learns to drive the real SuperTuxKart from pixels, with a memory.
+
+Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized
+advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih
+et al. 2015), an LSTM. The kart sees one picture; speed and place serve the reward, the
+episode's end, the governor of those actions that ask for a speed, and a teacher: a small network that
+sees the state of the game learns first, fast, since nothing is drawn for it, and the kart then learns
+from its advice and from PPO (Chen et al. 2019, https://arxiv.org/abs/1912.12294; `teacher_kl`).
+
+    python ppo_tuxkart_lstm.py --track scotland                 # learn; all lands in runs/<name>/
+    python ppo_tuxkart_lstm.py --track scotland --teacher none  # from pixels alone: PPO only
+    python ppo_tuxkart_lstm.py --resume runs/<name>             # go on after a stop or a crash
+    python ppo_tuxkart_lstm.py --evaluate runs/<name>/best.pt   # race it against the game's own AI
+    tensorboard --logdir runs                                   # watch it
+
+It differs from ppo_tuxkart.py as CleanRL's ppo_atari_lstm.py does from its ppo_atari.py.
+"""
+
+import atexit
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import functools
+import importlib.metadata
+import io
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import time
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads spin
+
+import filelock
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class UsageError(ValueError):
+    """What was typed, or what the machine lacks: one sentence on what to type (exit code 2)."""
+
+
+class RunError(RuntimeError):
+    """What went wrong on the way, in one sentence (exit code 1)."""
+
+
+@dataclasses.dataclass
+class Game:
+    """How the game is played: the settings of `TuxKartEnv`, and the first of the flags."""
+
+    engine: Literal["auto", "pystk", "pystk2"] = "auto"  # auto prefers pystk, which is faster
+    observe: Literal["pixels", "state", "both"] = "pixels"  # state: numbers, and nothing is drawn
+    width: int = 64  # width of the picture, in pixels
+    height: int = 64  # height of the picture, in pixels
+    frame_stack: int = 1  # pictures the network sees, the newest last
+    step_size: float = 0.15  # seconds of game time for which an action is held
+    random_start: float = 0.5  # share of the episodes that start anywhere on the track
+    laps: tyro.conf.Suppress[int] = 1  # laps of a race
+    reverse: tyro.conf.Suppress[bool] = False  # drive the track the other way round
+    driver: tyro.conf.Suppress[Literal["agent", "ai"]] = "agent"  # ai: the game's own drives
+    difficulty: int = 2  # the game's, 0 to 3: top speed is 0.6, 0.8, 0.92 or 1 of the full one
+    num_karts: int = 1  # karts in the race; the game's AI drives the others
+    reward: tuple[str, ...] = ("progress",)  # reward(s), weighted: progress:1 zigzag:0.1
+    actions: Literal["drive", "ec418", "deepracer"] = "drive"  # what the network decides
+    speeds: tuple[float, ...] = (8.0, 16.0, 24.0)  # m/s to choose from, for --actions deepracer
+    speed_cap: float | None = None  # m/s that the kart keeps below, whatever was decided
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward, str):
+            self.reward = (self.reward,)
+        for name, kind in typing.get_type_hints(Game).items():
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            if choices and getattr(self, name) not in choices:
+                raise UsageError(f"{name} is {getattr(self, name)}: type one of {', '.join(choices)}.")
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name, None)
+            if value is not None and not least <= value <= most:
+                name = name.replace("_", "-")
+                raise UsageError(f"{name} is {value}: type a number from {least:.4g} to {most}.")
+        if not self.speeds or list(self.speeds) != sorted({abs(speed) for speed in self.speeds}):
+            raise UsageError("The speeds are in m/s, the slowest first: type --speeds 8 16 24.")
+        parse_reward(self.reward)
+
+
+@dataclasses.dataclass
+class Args(Game):
+    """PPO that drives SuperTuxKart from pixels. `--track scotland` is all it needs."""
+
+    track: tuple[str, ...] = ("scotland",)  # track(s) to learn; the games take them in turn
+    total_timesteps: int = 1_000_000  # decisions to learn from, all games together
+    seed: int = 1  # seed of the network, the actions, the minibatches and the starts
+    name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
+    teacher: tuple[str, ...] = ("learn",)  # learn: one, first; none; or checkpoints, one for all or one a track
+    resume: Path | None = None  # run folder to go on with; its settings hold but for those typed
+    init_from: Path | None = None  # checkpoint to take the network's weights from, nothing else
+    evaluate: Path | None = None  # checkpoint to race, beside the game's own AI; no learning
+    eval_episodes: int = 20  # races per evaluation
+    eval_seed: int = 1000  # seed of the first race of an evaluation, which disturbs its start
+    eval_interval: int = 64  # iterations between evaluations while learning; 0 for none
+    device: Literal["auto", "cpu"] = "auto"  # where the network runs; auto takes a GPU if any
+    speed_curriculum: float | None = None  # m/s by which the cap rises when all races finish
+
+    num_envs: int = 16  # games, each in a process of its own; with torchrun, of every rank
+    num_steps: int = 128  # decisions per game and iteration
+    learning_rate: float = 5e-4  # Adam's step size at the start; it falls linearly to zero
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
+    epochs: int = 3  # passes over the data of an iteration
+    num_minibatches: int = 8  # minibatches per pass
+    clip_coef: float = 0.2  # the clipped objective's epsilon
+    ent_coef: float = 0.005  # weight of the entropy bonus
+    vf_coef: float = 0.05  # weight of the value loss; more drowns the policy's gradient
+    max_grad_norm: float = 0.5  # largest norm of the gradient
+    epsilon: float = 0.0  # share of uniformly random actions; it falls linearly to zero
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        batch = self.num_envs * self.num_steps
+        if self.num_envs % self.num_minibatches or batch == self.num_minibatches:
+            raise UsageError("The games do not divide: type another --num-minibatches.")
+        if len(self.track) > self.num_envs:
+            raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
+        if self.observe == "state":
+            self.teacher = ("none",)
+        if len(self.teacher) not in (1, len(self.track)):
+            raise UsageError("Type one --teacher for all tracks, or one for each.")
+        if self.speed_curriculum and not (self.speed_cap and self.eval_interval):
+            raise UsageError("--speed-curriculum needs a first cap: type --speed-cap 8 as well.")
+
+
+BOUNDS: dict[str, tuple[float, float]] = {  # least and most
+    **dict.fromkeys(("num_envs", "num_steps", "epochs", "num_minibatches"), (1, 10_000)),
+    **dict.fromkeys(("seed", "eval_seed", "eval_interval", "total_timesteps"), (0, 10**12)),
+    **dict.fromkeys(("random_start", "gamma", "gae_lambda", "epsilon", "clip_coef"), (0, 1)),
+    **dict.fromkeys(("learning_rate", "ent_coef", "vf_coef", "max_grad_norm"), (0, 1e6)),
+    **dict.fromkeys(("speed_cap", "speed_curriculum", "laps", "frame_stack"), (1, 100)),
+    **dict.fromkeys(("width", "height"), (36, 2048)),
+    "eval_episodes": (1, 10_000),
+    "step_size": (1 / 120, 1),
+    "difficulty": (0, 3),
+    "num_karts": (1, 20),
+}
+
+
+# --- The network and PPO --------------------------------------------------------------------------
+
+
+def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
+    nn.init.orthogonal_(layer.get_parameter("weight"), gain)
+    nn.init.zeros_(layer.get_parameter("bias"))
+    return layer
+
+
+UNITS = 256  # of the LSTM
+
+
+class Agent(nn.Module):
+    """The Nature CNN and an LSTM with a policy head and a value head.
+
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an action, and
+    values (B,). The rows are T decisions of N games, the first N the earliest. memory: hidden and cell
+    state (N, 2 UNITS), empty again where an episode begins. starts (B,): where one does.
+    """
+
+    epsilon = 0.0  # share of uniformly random actions
+    teaching = 0.0  # weight of the divergence from the teacher
+
+    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
+        super().__init__()
+        self.nvec = [int(n) for n in nvec]
+        self.convolutions = nn.Sequential(
+            orthogonal(nn.Conv2d(obs_shape[0], 32, 8, stride=4), 2**0.5),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2), 2**0.5),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3, stride=1), 2**0.5),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        features = self.convolutions(torch.zeros(1, *obs_shape)).shape[1]
+        self.hidden = nn.Sequential(orthogonal(nn.Linear(features, 512), 2**0.5), nn.ReLU())
+        self.lstm = nn.LSTMCell(512, UNITS)
+        for name, parameter in self.lstm.named_parameters():
+            initialize = nn.init.orthogonal_ if "weight" in name else nn.init.zeros_
+            initialize(parameter)
+        self.policy = orthogonal(nn.Linear(UNITS, sum(self.nvec)), 0.01)
+        self.value = orthogonal(nn.Linear(UNITS, 1), 1.0)
+        self.to(memory_format=torch.channels_last)  # type: ignore  # faster on a CPU
+
+    def forward(self, obs: Tensor, memory: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pictures = obs.float().div_(255.0).contiguous(memory_format=torch.channels_last)
+        features = self.hidden(self.convolutions(pictures))
+        steps = []
+        for step, start in zip(features.split(len(memory)), starts.split(len(memory)), strict=True):
+            state = self.lstm(step, (memory * ~start[:, None]).chunk(2, -1))
+            memory = torch.cat(state, -1)
+            steps.append(state[0])
+        hidden = torch.cat(steps)
+        return self.policy(hidden), self.value(hidden).squeeze(-1), memory
+
+
+class StateAgent(Agent):
+    """Two perceptrons without a memory. forward: float states (B, S) -> what `Agent` returns."""
+
+    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
+        nn.Module.__init__(self)
+        self.nvec = [int(n) for n in nvec]
+        sizes = (sum(self.nvec), 0.01), (1, 1.0)
+        self.policy, self.value = (
+            nn.Sequential(
+                orthogonal(nn.Linear(obs_shape[0], 256), 2**0.5),
+                nn.Tanh(),
+                orthogonal(nn.Linear(256, 256), 2**0.5),
+                nn.Tanh(),
+                orthogonal(nn.Linear(256, size), gain),
+            )
+            for size, gain in sizes
+        )
+
+    def forward(self, obs: Tensor, memory: Any = None, starts: Any = None) -> tuple:
+        return self.policy(obs), self.value(obs).squeeze(-1), memory
+
+
+def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: float) -> tuple:
+    """Log-probability and entropy, (B,) each, of actions (B, A) whose parts are independent.
+
+    With `epsilon` the policy is the mixture with the uniform one, as `choose_actions` samples it;
+    the entropy is that of the categorical part. logits: (B, sum(nvec)).
+    """
+    logprobs, entropies = [], []
+    for block, action in zip(logits.split(nvec, -1), actions.unbind(-1), strict=True):
+        block = block.log_softmax(-1)
+        logprobs.append(block.gather(-1, action[:, None]).squeeze(-1))
+        entropies.append(-(block.exp() * block).sum(-1))
+    logprob = torch.stack(logprobs).sum(0)
+    if epsilon:
+        uniform = torch.full_like(logprob, math.log(epsilon / math.prod(nvec)))
+        logprob = torch.logaddexp(logprob + math.log(max(1 - epsilon, 1e-30)), uniform)
+    return logprob, torch.stack(entropies).sum(0)
+
+
+def choose_actions(logits: Tensor, nvec: list[int], epsilon: float, greedy: bool = False) -> Tensor:
+    """Most probable actions, or sampled ones (Gumbel-max): logits (B, sum(nvec)) -> int64 (B, A)."""
+    if epsilon:  # flat logits for the rows that act uniformly
+        uniform = torch.rand(len(logits), 1, device=logits.device) < epsilon
+        logits = torch.where(uniform, 0.0, logits)
+    if not greedy:
+        logits = logits - torch.empty_like(logits).exponential_().log()
+    return torch.stack([block.argmax(-1) for block in logits.split(nvec, -1)], -1)
+
+
+def compute_gae(data: dict[str, Tensor], gamma: float, gae_lambda: float) -> Tensor:
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), cut at every episode's end.
+
+    data: rewards, values, next_values, terminations, dones, each (T, N). `next_values[t]` is V of
+    what step t led to, a truncated episode's own last picture if it was cut there. Returns (T, N).
+    """
+    deltas = data["rewards"] + gamma * data["next_values"] * ~data["terminations"] - data["values"]
+    advantages = torch.empty_like(deltas)
+    running = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        running = deltas[t] + gamma * gae_lambda * running * ~data["dones"][t]
+        advantages[t] = running
+    return advantages
+
+
+def teacher_kl(teacher_logits: Tensor, logits: Tensor, nvec: list[int]) -> Tensor:
+    """KL(teacher || student), summed over the parts of an action: logits (B, sum(nvec)) each -> (B,).
+
+    On the states that the student visits, and beside PPO's own loss: kickstarting (Schmitt et al. 2018,
+    https://arxiv.org/abs/1803.03835).
+    """
+    pairs = zip(logits.split(nvec, -1), teacher_logits.split(nvec, -1), strict=True)
+    parts = [
+        F.kl_div(mine.log_softmax(-1), its.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        for mine, its in pairs
+    ]
+    return torch.stack(parts).sum(0)
+
+
+def average_over_ranks(tensors: list[Any]) -> None:
+    """With torchrun, puts the mean over all processes into each of the tensors, in one message."""
+    if dist.is_initialized():
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(message)
+        means = message / dist.get_world_size()
+        for tensor, mean in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict]:
+    """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of one minibatch, and scalars.
+
+    batch: obs (B, C, H, W), actions (B, A), logprobs, advantages, returns (B,).
+    memory (N, 2 UNITS) and starts (B,) as `Agent` takes them.
+    KL: (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
+    """
+    logits, values, _ = agent(batch["obs"], batch["memory"], batch["starts"])
+    logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec, agent.epsilon)
+    logratio = logprobs - batch["logprobs"]
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    advantages = batch["advantages"] - batch["advantages"].mean()
+    advantages = advantages / (advantages.std() + 1e-8)
+    policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+    value_loss = 0.5 * ((values - batch["returns"]) ** 2).mean()
+    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
+    scalars = {}
+    if agent.teaching:
+        scalars["losses/teacher_kl"] = teacher_kl(batch["teacher_logits"], logits, agent.nvec).mean()
+        loss = loss + agent.teaching * scalars["losses/teacher_kl"]
+    scalars |= {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": ((ratio - 1) - logratio).mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        "losses/ratio_error": (ratio - 1).abs().max(),
+    }
+    return loss, {name: scalar.detach() for name, scalar in scalars.items()}
+
+
+def ppo_update(agent: Agent, optimizer: Any, batch: dict[str, Tensor], args: Args) -> dict:
+    """All passes over an iteration's data; batch: (T, N, ...) of what `ppo_loss` takes, and values.
+
+    A minibatch has whole games with all their decisions, from the memory that each began with.
+    Returns the means of its scalars (ratio_error: of the first minibatch, where it shows how far
+    sampling and learning disagree about the same network), and explained_variance.
+    """
+    size = batch["returns"].shape[1]
+    history: list[dict[str, Tensor]] = []
+    for _ in range(args.epochs):
+        shuffled = torch.randperm(size).to(batch["returns"].device)
+        for rows in shuffled.split(size // args.num_minibatches):
+            minibatch = {name: batch[name][:, rows].flatten(0, 1) for name in batch}
+            minibatch["memory"] = batch["memory"][0, rows]
+            loss, scalars = ppo_loss(agent, minibatch, args)
+            history.append(scalars)
+            optimizer.zero_grad()
+            loss.backward()
+            average_over_ranks([parameter.grad for parameter in agent.parameters()])
+            if not nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).isfinite():
+                raise RunError("No finite gradient: look at --reward, or lower --learning-rate.")
+            optimizer.step()
+    metrics = {name: torch.stack([row[name] for row in history]).mean().item() for name in scalars}
+    metrics["losses/ratio_error"] = history[0]["losses/ratio_error"].item()
+    unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(1e-8)
+    metrics["losses/explained_variance"] = 1 - unexplained.item()
+    return metrics
+
+
+def govern(target: float, speed: float) -> dict[str, Any]:
+    """Acceleration and brake that hold a target speed, both in m/s; the brake drives backwards, too."""
+    return {"acceleration": min(max((target - speed) / 2, 0.0), 1.0), "brake": speed > target + 2}
+
+
+def drive_actions(action: list[int], speed: float, speeds: Sequence[float]) -> dict[str, Any]:
+    """Steer in five positions, gas, coast or brake, drift, nitro."""
+    steer, pedal, drift, nitro = action
+    pedals = {"acceleration": float(pedal == 0), "brake": pedal == 2, "pace": float(pedal == 0)}
+    return {"steer": steer / 2 - 1, "drift": bool(drift), "nitro": bool(nitro), **pedals}
+
+
+def ec418_actions(action: list[int], speed: float, speeds: Sequence[float]) -> dict[str, Any]:
+    """EC418's bits, the highest first: left, right (both: nitro), 25 m/s (else 5), drift."""
+    left, right, fast, drift = (bool(action[0] >> bit & 1) for bit in (3, 2, 1, 0))
+    buttons = {"drift": drift, "nitro": left and right, "pace": 1.0 if fast else 0.2}
+    return {"steer": float(right) - left, **buttons, **govern(25.0 if fast else 5.0, speed)}
+
+
+def deepracer_actions(action: list[int], speed: float, speeds: Sequence[float]) -> dict[str, Any]:
+    """DeepRacer's: one of seven angles, 30 degrees left to 30 right, with one of the speeds."""
+    angle, pace = divmod(action[0], len(speeds))
+    steer = (-30, -20, -10, 0, 10, 20, 30)[angle] / 30
+    return {"steer": steer, "pace": speeds[pace] / max(speeds), **govern(speeds[pace], speed)}
+
+
+# How many choices each part of an action has, given the number of speeds, and what the game is told:
+# steer from -1 (left) to 1, pedals and buttons. pace: what was asked for, as a share of the fastest.
+ACTIONS: dict[str, tuple[Callable, Callable]] = {
+    "drive": (lambda speeds: [5, 3, 2, 2], drive_actions),
+    "ec418": (lambda speeds: [16], ec418_actions),
+    "deepracer": (lambda speeds: [7 * speeds], deepracer_actions),
+}
+
+
+class Moment(NamedTuple):
+    """What a reward may know of one decision, in metres, seconds, degrees; right is positive."""
+
+    gain: float  # metres gained down the track
+    seconds: float  # of game time
+    offset: float = 0.0  # from the middle of the road
+    width: float = 1.0  # of the road
+    heading: float = 0.0  # of the kart, relative to the track's, in [-180, 180)
+    steering: float = 0.0  # commanded; full lock is 30 degrees
+    pace: float = 0.0  # commanded, as a share of the fastest choice
+    finished: bool = False
+    failed: bool = False  # the episode ended stuck, off the track or backwards
+    places: int = 0  # won from other karts, or lost
+    events: tuple[str, ...] = ()  # what began with this decision, where an environment tells
+
+
+def progress_reward(moment: Moment) -> float:
+    """A tenth of the metres gained, less half a point a second, +25 for the finish, -3 for failing.
+
+    The gains of every lap sum to the same, so of two finished laps the faster one earns more. The
+    finish pays about what driving on would (0.27 a decision, discounted by 0.99): a critic that
+    cannot see how far the line is would take less for a loss, and the policy would put it off.
+    """
+    return 0.1 * moment.gain - 0.5 * moment.seconds + 25.0 * moment.finished - 3.0 * moment.failed
+
+
+def centerline_reward(moment: Moment) -> float:
+    """DeepRacer's "follow the center line"."""
+    share = abs(moment.offset) / moment.width
+    return 1.0 if share <= 0.1 else 0.5 if share <= 0.25 else 0.1 if share <= 0.5 else 1e-3
+
+
+REWARDS: dict[str, Callable[[Moment], float]] = {
+    "progress": progress_reward,
+    "centerline": centerline_reward,
+    # DeepRacer's "stay inside the two borders" and "prevent zig-zag"
+    "borders": lambda m: 1.0 if 0.5 * m.width - abs(m.offset) >= 0.05 else 1e-3,
+    "zigzag": lambda m: centerline_reward(m) * (0.8 if abs(m.steering) > 15 else 1.0),
+    # DeepRacer's examples for the heading and for the speed: half below 1 m/s of its 4
+    "heading": lambda m: 0.5 if abs(m.heading) > 10 else 1.0,
+    "speed": lambda m: 1e-3 if abs(m.offset) > 0.5 * m.width else 0.5 if m.pace < 0.25 else 1.0,
+    # EC418's metres within 6 m of the middle, without its cap of 5 m/s and its pay for standing
+    "ec418": lambda m: 0.1 * max(m.gain, 0.0) * (abs(m.offset) < 6),
+}
+
+
+def parse_reward(parts: Iterable[str]) -> dict[str, float]:
+    """("progress", "zigzag:0.1") as {"progress": 1.0, "zigzag": 0.1}. Raises UsageError."""
+    weights = {}
+    for part in parts:
+        name, _, weight = part.partition(":")
+        if name not in REWARDS:
+            raise UsageError(f"There is no reward {name}: type one of {', '.join(REWARDS)}.")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise UsageError(f"{part} has no number for a weight: type {name}:0.5.") from None
+    return weights
+
+
+# --- The game -------------------------------------------------------------------------------------
+
+ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # PyPI's "pystk" is another
+LAP_SECONDS = 150.0  # time limit of a lap, in game time
+OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
+AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres ahead that a state tells of
+ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
+
+
+@functools.cache
+def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
+    """Engine and assets, with versions, and the race tracks that lie here. Raises UsageError."""
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    found = [m for m in ENGINES if ENGINES[m] in installed and engine in ("auto", m)]
+    if not found:
+        raise UsageError(f"The engine {engine} is not installed: type ./install.sh")
+    if found[0] == "pystk":
+        root = Path(importlib.import_module("pystk_data").data_dir)
+    else:  # it fetches the assets at its first start, unless install.sh has laid them out
+        cache_dir = importlib.import_module("platformdirs").user_cache_dir
+        root = Path(cache_dir("PySuperTuxKart2", "bpiwowar"), "1.5")
+    assets = min((file.name[13:] for file in root.glob("data/supertuxkart.[0-9]*")), default="")
+    tracks = {file.parent.name for file in root.glob("data/tracks/*/quads.xml")}
+    version = installed[ENGINES[found[0]]]
+    game = {"engine": found[0], "engine_version": version, "assets": assets}
+    return game, sorted(tracks - {"overworld", "tutorial"})
+
+
+def private_home(engine: str) -> dict[str, str]:
+    """Variables that keep what an engine writes apart from the player's own game: pystk2 would reset its saves."""
+    if "SUPERTUXKART_SAVEDIR" in os.environ:
+        return {}
+    home = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
+    home.mkdir(exist_ok=True)
+    if engine == "pystk2":  # it looks for its assets below XDG_CACHE_HOME
+        assets = Path(importlib.import_module("platformdirs").user_cache_dir("PySuperTuxKart2", "bpiwowar"))
+        assets.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another process has just done it
+            (home / assets.name).unlink(missing_ok=True)
+            (home / assets.name).symlink_to(assets)
+    names = ("SUPERTUXKART_SAVEDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
+    return dict.fromkeys(names, str(home))
+
+
+class TrackGeometry:
+    """The track's centre line in segments, and where points lie along it; in metres and radians.
+
+    nodes: (S, 2, 3), both ends of each, y is up. widths: (S,). distances: (S, 2), down the track.
+    """
+
+    def __init__(self, nodes: Any, widths: Any, distances: Any, length: float) -> None:
+        self.nodes = np.array(nodes, np.float64)
+        self.widths = np.array(widths, np.float64).reshape(-1)
+        self.distances = np.array(distances, np.float64)
+        self.length = float(length)
+        self.vectors = self.nodes[:, 1] - self.nodes[:, 0]
+        self.headings = np.arctan2(self.vectors[:, 0], self.vectors[:, 2])
+
+        ring = [0]  # the segments of a lap: a branch that leaves it is not the road ahead
+        while len(ring) == len(set(ring)):
+            ring.append(int(((self.nodes[:, 0] - self.nodes[ring[-1], 1]) ** 2).sum(-1).argmin()))
+        rounds = np.array([*ring[:-1], *ring[:-1]])
+        self.milestones = self.distances[rounds, 0]
+        self.milestones[len(ring) - 1 :] += self.length
+        self.milestones = np.maximum.accumulate(self.milestones)
+        self.road = np.column_stack([self.nodes[rounds, 0], self.widths[rounds]])
+
+    def ahead(self, distance: float) -> np.ndarray:
+        """The middle of the road, x, y, z, and its width, at AHEAD's metres beyond a distance: (11, 4)."""
+        columns = [np.interp(distance + AHEAD, self.milestones, column) for column in self.road.T]
+        return np.stack(columns, -1)
+
+    def gain(self, before: float, after: Any) -> Any:
+        """Metres from one distance down the track to another, in [-length/2, length/2)."""
+        return (after - before + self.length / 2) % self.length - self.length / 2
+
+    def locate(self, point: Any, along: float) -> tuple[float, float, float, float]:
+        """Distance down the track, offset (right is positive), heading and width of the road at a point (3,).
+
+        Below a bridge, or beside another stretch, the middle of another road can be nearer. So the road
+        `along` metres down, where the kart just was, comes first where the point is on it, then all that
+        it is on, and that one if it is not too far off, then any.
+        """
+        relative = np.array(point, np.float64) - self.nodes[:, 0]
+        squares = np.maximum((self.vectors**2).sum(-1, keepdims=True), 1e-9)
+        share = (relative * (self.vectors / squares)).sum(-1).clip(0, 1)
+        gap = relative - share[:, None] * self.vectors
+        squares = (gap**2).sum(-1)
+        half = self.widths / 2
+        on_road = (np.hypot(gap[:, 0], gap[:, 2]) <= half) & (np.abs(gap[:, 1]) < 2.5)
+        near = np.abs(self.gain(along, self.distances.mean(-1))) < 50
+        beside = near & (squares <= (half + OFF_TRACK_METRES) ** 2)
+        choices = (near & on_road, on_road | beside, np.ones_like(near))
+        choice = next(some for some in choices if some.any())
+        nearest = int(np.where(choice, squares, np.inf).argmin())
+        begin, end = self.distances[nearest]
+        distance = float(begin + share[nearest] * (end - begin)) % self.length
+        heading = float(self.headings[nearest])
+        x, _, z = gap[nearest].tolist()
+        offset = math.copysign(math.hypot(x, z), x * math.cos(heading) - z * math.sin(heading))
+        return distance, offset, heading, float(self.widths[nearest])
+
+
+class TuxKartEnv(gym.Env):
+    """One kart in the real SuperTuxKart, seen through its own camera. settings: those of `Game`.
+
+    Observation: uint8 (3 * frame_stack, height, width), RGB, the newest picture last. Action: one of ACTIONS,
+    held for `step_size` seconds. Reward: the weighted sum of REWARDS. An episode ends with the finish, or
+    stuck, off the track or backwards; a time limit truncates it. `reset(seed=...)` loads the track anew, so
+    that nothing is left of what was before. `options={"race": True}` begins an evaluation race: from the
+    line, disturbed by what the seed draws, and over after 15 s without progress. A process runs one game.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
+    started: tuple | None = None  # the process that has begun a game, and which
+    playing: Any = None  # the environment whose race it is
+    events: tuple[str, ...] = ()  # what began with the last decision, where a subclass tells
+    finishes: tuple[str, ...] = ("finished", "line")  # the ends that are good ones
+
+    def __init__(self, track: str = "scotland", render_mode: Any = None, **settings: Any) -> None:
+        self.game = Game(**settings)
+        self.versions, tracks = find_game(self.game.engine)
+        if tracks and track not in tracks:
+            raise UsageError(f"There is no track {track}: type one of {', '.join(tracks)}.")
+        self.track = track
+        self.render_mode = render_mode
+        self.weights = parse_reward(self.game.reward)
+        self.speed_cap = self.game.speed_cap
+        choices, self.controls = ACTIONS[self.game.actions]
+        shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
+        pixels = gym.spaces.Box(0, 255, shape, np.uint8)
+        state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
+        both = gym.spaces.Dict({"obs": pixels, "state": state})
+        self.observation_space = {"pixels": pixels, "state": state, "both": both}[self.game.observe]
+        self.action_space = gym.spaces.MultiDiscrete(choices(len(self.game.speeds)))
+        self.picture = np.zeros((3, *shape[1:]), np.uint8)
+        self.race: Any = None
+
+    def start_engine(self) -> None:
+        """Starts the game, once in a process."""
+        game = self.game
+        alone = game.num_karts == 1
+        self.drawn = game.driver == "agent" and game.observe != "state"
+        wanted = (self.versions["engine"], game.width, game.height, self.drawn, alone)
+        process, begun = TuxKartEnv.started or (os.getpid(), wanted)
+        if process != os.getpid():
+            raise RuntimeError("This process was forked from one that plays: fork before, or spawn it.")
+        if begun != wanted:
+            raise RuntimeError("A process runs one game of one size: use AsyncVectorEnv.")
+        # Mesa filters anisotropically in a loop, up to 71 s a frame; its threads gain nothing.
+        hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
+        os.environ.setdefault("MESA_EXTENSION_OVERRIDE", hidden)
+        os.environ.setdefault("LP_NUM_THREADS", "0")
+        os.environ["TUXKART_ALONE"] = "1" if alone else ""  # read by the pystk_data of install.sh
+        parent = multiprocessing.parent_process()
+        if parent and not TuxKartEnv.started:  # one of many games, which ends with its parent
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+            # The engine talks to descriptors 1 and 2 from C++; what Python prints is still seen.
+            sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+        self.stk = importlib.import_module(self.versions["engine"])
+        if not TuxKartEnv.started:
+            graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
+            graphics.screen_width = game.width
+            graphics.screen_height = game.height
+            with mock.patch.dict(os.environ, private_home(self.versions["engine"])):
+                self.stk.init(graphics)
+            atexit.register(self.stk.clean)
+            atexit.register(lambda: TuxKartEnv.playing and TuxKartEnv.playing.close())  # before it
+        TuxKartEnv.started = (os.getpid(), wanted)
+        self.world = self.stk.WorldState()
+        # Wind and the like move with the wall clock, and no two races would look alike.
+        library = ctypes.CDLL(self.stk.__file__)
+        self.srand = getattr(library, "srand", id)  # id does nothing, where these are hidden
+        self.seed_scenery = getattr(library, "_ZN3irr2os10Randomizer5resetEi", id)
+        self.set_clock = getattr(library, "_ZN3irr2os5Timer7setTimeEj", id)
+        getattr(library, "_ZN3irr2os5Timer8setSpeedEf", id)(ctypes.c_float(0.0))
+
+    def load_track(self) -> None:
+        """Loads the track; everything in the game is new after it, the camera too."""
+        if TuxKartEnv.playing:  # the engine allows one race at a time
+            TuxKartEnv.playing.close()
+        config = self.stk.RaceConfig(track=self.track, num_kart=self.game.num_karts)
+        for name in ("laps", "reverse", "difficulty", "step_size"):
+            setattr(config, name, getattr(self.game, name))
+        config.seed = self.np_random_seed % 2**31  # what items give, and how the AI drives
+        kinds = self.stk.PlayerConfig.Controller
+        config.players[0].kart = "tux"
+        config.players[0].controller = kinds.AI_CONTROL if self.game.driver == "ai" else kinds.PLAYER_CONTROL
+        if hasattr(config, "overlay"):
+            config.overlay = False  # pystk2 would draw its HUD into the picture; pystk has none
+        for seed_or_clock in (self.srand, self.seed_scenery, self.set_clock):
+            seed_or_clock(0)
+        self.race = self.stk.Race(config)
+        self.race.start()
+        TuxKartEnv.playing = self
+        road = self.stk.Track()
+        road.update()
+        self.geometry = TrackGeometry(road.path_nodes, road.path_width, road.path_distance, road.length)
+        self.world.update()
+        self.items = []  # of each kind: distances down the track, rising, and locations
+        for kinds in ITEMS:
+            points = [item.location for item in self.world.items if item.type.name in kinds]
+            places = sorted((self.geometry.locate(p, 0.0)[0], *map(float, p)) for p in points)
+            after_line = [(distance + road.length, *point) for distance, *point in places[:2]]
+            self.items.append(np.array([*places, *after_line, *[(math.inf, 0, 0, 0)] * 2]))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        options = options or {}
+        self.in_race = bool(options.get("race"))
+        self.speed_cap = options.get("speed_cap", self.speed_cap)
+        if "tracks" in options:
+            self.track = options["tracks"][self.np_random_seed % len(options["tracks"])]
+        if self.race is None:
+            self.start_engine()
+        if self.race is None or seed is not None or "tracks" in options or self.game.driver == "ai":
+            self.load_track()  # for the AI always: a restart would take the wheel from it
+        else:
+            self.race.restart()
+        self.world.update()
+        self.advance(1 / 120, self.stk.Action())
+        location = np.array(self.kart.location)
+        heading = self.heading
+        if hasattr(self.world, "phase"):  # pystk2 counts down for 5 s before a kart can drive
+            self.advance(4.9)
+            while self.world.time == 0:
+                self.advance(0.05)
+        random = self.np_random
+        self.from_line = self.in_race or random.random() >= self.game.random_start
+        self.along = 0.0
+        self.handicap = 0.0
+        if self.in_race:  # a little aside, askew and late, by amounts drawn from the seed
+            aside = random.uniform(-2, 2)
+            askew = random.uniform(-10, 10)
+            delay = 0.05 * int(random.integers(5)) * (self.game.num_karts == 1)  # none beside others
+            self.put(location, aside, heading, askew, 1 / 120)
+            if self.game.driver == "ai":  # it would drive off, so its clock gets the delay instead
+                self.handicap = delay
+            elif delay:
+                self.advance(delay)
+        tries = 0 if self.from_line else 5
+        for _ in range(tries):  # on a random path node; it drops, and the camera follows
+            node = int(random.integers(len(self.geometry.nodes)))
+            askew = random.uniform(-20, 20)
+            aside = random.uniform(-0.3, 0.3) * self.geometry.widths[node]
+            middle = self.geometry.nodes[node, 0] + self.geometry.vectors[node] / 2
+            self.put(middle + [0, 0.5, 0], aside, self.geometry.headings[node], askew, 0.3)
+            self.along = float(self.geometry.distances[node].mean())
+            if abs(self.kart.location[1] - middle[1]) < 2:  # else it fell through the road
+                break
+
+        self.spot = self.geometry.locate(self.kart.location, self.along)
+        self.along = self.spot[0]
+        to_line = -self.along % self.geometry.length  # most tracks' start is before the line
+        laps = self.game.laps - 1 + (self.from_line and to_line < self.geometry.length / 2)
+        self.distance = to_line + laps * self.geometry.length
+        slowest = 2 * self.distance / (self.speed_cap or math.inf)
+        self.limit = max(LAP_SECONDS * self.game.laps, slowest) if self.from_line else 30.0
+        self.started_at = self.best_at = self.world.time
+        self.progress = self.best = self.speed = self.off_track_seconds = self.drifted = 0.0
+        self.held: dict[str, Any] = dict.fromkeys(("steer", "acceleration", "brake", "drift", "nitro"), 0)
+        self.returns = dict.fromkeys(self.weights, 0.0)
+        self.trail: list[tuple[float, ...]] = []  # (clock, x, y, z, speed) after every decision
+        self.frames = np.repeat(self.picture[None], self.game.frame_stack, 0)  # (K, 3, H, W)
+        return self.observation(), {}
+
+    def put(self, location: Any, aside: float, road: float, askew: float, seconds: float) -> None:
+        """Puts the kart metres right of a location (3,), degrees askew to the road, and waits."""
+        location = np.array(location) + aside * np.array([math.cos(road), 0.0, -math.sin(road)])
+        turn = (road + math.radians(askew)) / 2
+        rotation = (0.0, math.sin(turn), 0.0, math.cos(turn))  # x, y, z, w
+        kart = self.game.num_karts - 1
+        self.stk.WorldState.set_kart_location(kart, tuple(location.tolist()), rotation, 0.0)
+        self.advance(seconds)
+
+    def step(self, action: Iterable[int]) -> tuple[np.ndarray, float, bool, bool, dict]:
+        if self.race is None:
+            raise RuntimeError("No race is on, or another environment has taken the game: call reset().")
+        before = self.world.time
+        place = self.place
+        controls = self.drive([int(choice) for choice in action])
+        now = self.world.time
+        self.frames = np.concatenate([self.frames[1:], self.picture[None]])
+
+        self.spot = self.geometry.locate(self.kart.location, self.along)
+        along, offset, heading, width = self.spot
+        gain = min(self.geometry.gain(self.along, along), 60 * self.game.step_size)  # metres
+        if self.kart.finish_time > 0:  # the gains of every race sum to the same
+            gain = self.distance - self.progress
+        self.along = along
+        self.progress += gain
+        ahead = (math.sin(self.heading), 0.0, math.cos(self.heading))
+        self.speed = float(np.dot(self.kart.velocity, ahead))  # below 0 in reverse
+        if self.progress > self.best + 2:
+            self.best = self.progress
+            self.best_at = now
+        off_track = max(abs(offset) - width / 2, 0.0)
+        self.off_track_seconds += (now - before) * (off_track > 0)
+        self.trail.append((now, *map(float, self.kart.location), self.speed))
+
+        end = self.why_over(off_track)
+        truncated = end == "time limit"
+        terminated = bool(end) and not truncated
+        good_end = end in self.finishes
+        moment = Moment(
+            gain=gain,
+            seconds=now - before,
+            offset=offset,
+            width=width,
+            heading=(math.degrees(self.heading - heading) + 180) % 360 - 180,
+            steering=30 * controls["steer"],
+            pace=controls["pace"],
+            finished=good_end,
+            failed=terminated and not good_end,
+            places=place - self.place,
+            events=self.events,
+        )
+        rewards = {name: weight * REWARDS[name](moment) for name, weight in self.weights.items()}
+        for name, reward in rewards.items():
+            self.returns[name] += reward
+        info: dict[str, Any] = {}
+        if end:
+            finished = end == "finished"
+            info = {
+                "track": self.track,
+                "end": end,
+                "finished": finished,
+                "lap_time": self.kart.finish_time + self.handicap if finished else math.inf,
+                "progress": 1.0 if finished else self.progress / self.distance,  # share
+                "place": self.place,
+                "off_track_seconds": self.off_track_seconds,
+                "from_line": self.from_line,
+                "return": sum(self.returns.values()),
+                **{f"reward/{name}": value for name, value in self.returns.items()},
+            }
+        if end and self.in_race:
+            info.update(trail=self.trail, geometry=self.geometry)
+        return self.observation(), sum(rewards.values()), terminated, truncated, info
+
+    def why_over(self, off_track: float) -> str:
+        """Why the episode is over, or "" if it goes on. off_track: metres beyond the road's edge."""
+        if self.kart.finish_time > 0:
+            return "finished"
+        # The game counts no lap that began elsewhere. It ends at the line all the same: to the eye
+        # the two are one, and with a value between the two the kart put off the finish.
+        if not self.from_line and self.progress >= self.distance:
+            return "line"
+        if self.world.time - self.best_at >= (15 if self.in_race else 4):
+            return "stuck"
+        if not self.in_race and self.progress < self.best - 15:
+            return "backwards"
+        if not self.in_race and off_track > OFF_TRACK_METRES:
+            return "off track"
+        return "time limit" if self.world.time - self.started_at >= self.limit else ""
+
+    def drive(self, action: list[int]) -> dict[str, Any]:
+        """Holds the controls of an action for one decision. Returns them."""
+        controls = self.controls(action, self.speed, self.game.speeds)
+        if self.speed_cap is not None:
+            cap = govern(self.speed_cap, self.speed)
+            controls["acceleration"] = min(controls["acceleration"], cap["acceleration"])
+            controls["brake"] = controls["brake"] or cap["brake"]
+            controls["nitro"] = False
+        told = {name: value for name, value in controls.items() if name != "pace"}
+        self.advance(self.game.step_size, self.stk.Action(**told))
+        self.held = controls
+        self.drifted = controls["drift"] * (self.drifted + self.game.step_size)
+        return controls
+
+    def advance(self, seconds: float, action: Any = None) -> None:
+        """One step of the game, with an action, or going on with the last one."""
+        self.race.config.step_size = seconds
+        self.set_clock(int(1000 * self.world.time))
+        if action is None or self.game.driver == "ai":
+            self.race.step()
+        else:
+            self.race.step(action)
+        self.world.update()
+        mine = self.game.num_karts - 1  # the game puts its own karts first
+        self.kart = self.world.karts[mine]
+        ranks = [(k.finish_time > 0, -k.finish_time or k.overall_distance) for k in self.world.karts]
+        self.place = 1 + sum(rank > ranks[mine] for rank in ranks)
+        ahead = np.array(self.kart.front) - np.array(self.kart.location)
+        self.heading = math.atan2(ahead[0], ahead[2])  # radians from +z towards +x
+        if self.drawn:  # a view: the next step draws over it
+            self.picture = np.asarray(self.race.render_data[0].image).transpose(2, 0, 1)
+
+    def state(self) -> np.ndarray:
+        """What a teacher sees, the same from both engines, float32 (S,); right, forward and up are positive.
+
+        0, 1    sine and cosine of the angle from the road's heading to the kart's
+        2, 3    offset from the middle of the road: half widths, and 10 m
+        4       width of the road, 20 m
+        5 to 7  velocity forward, to the right and up, 20, 10 and 10 m/s
+        8, 9    slope that it stands on, sine; 1 in the air
+        10      time since it made progress, 4 s
+        11      time for which drift was held, s: after a second there is a boost when it is released
+        12, 13  steering and nitro of the last decision
+        14-57   at each of AHEAD's metres the middle of the road: to the right, then forward, then up, as a
+                share of these metres; then the width of the road, 20 m
+        58-65   the next two items of each of ITEMS' kinds, taken or not: to the right, 10 m, then forward,
+                50 m; 0 and 2 where none is nearer than 100 m
+
+        Not in it, because pystk tells nothing about it: nitro in the tank, charge of the skid, zippers. Nor
+        is the place on the track, so that one network can drive many.
+        """
+        kart = self.kart
+        along, offset, road_heading, width = self.spot
+        x, y, z = kart.location
+        sine, cosine = math.sin(self.heading), math.cos(self.heading)
+        east, up, north = kart.velocity
+        nose = kart.front[1] - y
+        numbers = [
+            math.sin(self.heading - road_heading),
+            math.cos(self.heading - road_heading),
+            2 * offset / width,
+            offset / 10,
+            width / 20,
+            (east * sine + north * cosine) / 20,
+            (east * cosine - north * sine) / 10,
+            up / 10,
+            nose,
+            kart.jumping,
+            (self.world.time - self.best_at) / 4,
+            self.drifted,
+            self.held["steer"],
+            self.held["nitro"],
+        ]
+        road = self.geometry.ahead(along)
+        firsts = [np.searchsorted(places[:, 0], along) for places in self.items]
+        items = np.concatenate([p[first : first + 2] for p, first in zip(self.items, firsts, strict=True)])
+        near = items[:, 0] < along + 100
+        points = np.concatenate([road[:, :3], items[:, 1:]]) - (x, y, z)
+        right = points[:, 0] * cosine - points[:, 2] * sine
+        forward = points[:, 0] * sine + points[:, 2] * cosine
+        split = len(AHEAD)
+        parts = (
+            numbers,
+            right[:split] / AHEAD,
+            forward[:split] / AHEAD,
+            points[:split, 1] / AHEAD,
+            road[:, 3] / 20,
+            np.where(near, right[split:] / 10, 0),
+            np.where(near, forward[split:] / 50, 2),
+        )
+        return np.concatenate(parts, dtype=np.float32)
+
+    def observation(self) -> Any:
+        pixels = self.frames.reshape(-1, *self.frames.shape[2:])
+        if self.game.observe == "pixels":
+            return pixels
+        return self.state() if self.game.observe == "state" else {"obs": pixels, "state": self.state()}
+
+    def render(self) -> np.ndarray:
+        return self.picture.transpose(1, 2, 0).copy()
+
+    def close(self) -> None:
+        if self.race is not None:
+            self.race.stop()
+            TuxKartEnv.playing = None
+        self.race = None
+
+
+if "TuxKart-v0" not in gym.registry:
+    gym.register("TuxKart-v0", entry_point=TuxKartEnv)  # type: ignore[arg-type]
+
+
+# --- Driving, to learn and to race ----------------------------------------------------------------
+
+LOST_GAME = (EOFError, BrokenPipeError, ConnectionResetError, multiprocessing.TimeoutError)
+SILENCE = 60.0  # seconds without an answer after which a game is lost
+PATIENCE = 3  # losses in a row after which a run stops
+
+
+def make_env(args: Args, track: str, **changes: Any) -> TuxKartEnv:
+    """An environment with the settings of `args`, but for the changes; no game is started yet."""
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Game)}
+    return TuxKartEnv(track, **(settings | changes))
+
+
+def make_envs(args: Args, count: int, first: int = 0, **changes: Any) -> Any:
+    """Games that play in step, each in a process of its own; they take the tracks in turn."""
+    tracks = [args.track[i % len(args.track)] for i in range(first, first + count)]
+    makers = [functools.partial(make_env, args, track, **changes) for track in tracks]
+    return gym.vector.AsyncVectorEnv(makers, copy=False, autoreset_mode="SameStep")
+
+
+def end_games(envs: Any) -> None:
+    """Ends the games' processes, also those that hang."""
+    for process in envs.processes if envs else ():
+        process.kill()
+        process.join()
+        envs.closed = True
+
+
+def reset_games(envs: Any, seeds: Sequence[int], options: Any = None) -> dict[str, np.ndarray]:
+    """Begins episodes. Returns what N games show: "obs" (N, ...), and "state" where a teacher sees it; and
+    what `Agent` knows of them: "memory" (N, 2 UNITS), "starts" (N,)."""
+    envs.reset_async(list(seeds), options)
+    obs, _ = envs.reset_wait(10 * SILENCE)  # a busy machine takes long to load a track
+    shown = obs if isinstance(obs, dict) else {"obs": obs}
+    memory = np.zeros((len(seeds), 2 * UNITS), np.float32)
+    return shown | {"memory": memory, "starts": np.ones(len(seeds), bool)}
+
+
+@torch.no_grad()
+def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool = False) -> tuple:
+    """Plays T = num_steps decisions in each of N games. shown: what they show now (`reset_games`).
+
+    Returns a dict of tensors (T, N, ...), what they show then, and infos of episodes that ended.
+    """
+    device = next(agent.parameters()).device
+    epsilon = 0.0 if greedy else agent.epsilon
+    history = {
+        name: torch.zeros((num_steps, *view.shape), dtype=torch.from_numpy(view).dtype, device=device)
+        for name, view in shown.items()
+    }
+    steps, episodes, cut_off = [], [], []
+    for t in range(num_steps):
+        for name, view in shown.items():
+            history[name][t] = torch.from_numpy(view)
+        step = {}
+        obs, memory, starts = (history[name][t] for name in ("obs", "memory", "starts"))
+        logits, step["values"], memory = agent(obs, memory, starts)
+        step["actions"] = choose_actions(logits, agent.nvec, epsilon, greedy)
+        step["logprobs"], _ = evaluate_actions(logits, step["actions"], agent.nvec, epsilon)
+        envs.step_async(step["actions"].cpu().numpy())
+        obs, rewards, terminations, truncations, infos = envs.step_wait(SILENCE)
+        shown = obs if isinstance(obs, dict) else {"obs": obs}
+        shown = shown | {"memory": memory.cpu().numpy(), "starts": terminations | truncations}
+        step["rewards"] = torch.from_numpy(rewards).float().to(device)
+        step["terminations"] = torch.from_numpy(terminations).to(device)
+        step["dones"] = torch.from_numpy(terminations | truncations).to(device)
+        steps.append(step)
+        for i in np.flatnonzero(terminations | truncations).tolist():
+            info = {name: column.tolist()[i] for name, column in infos["final_info"].items()}
+            episodes.append(info | {"game": i})
+            if truncations[i]:
+                last = infos["final_obs"][i]
+                last = last["obs"] if isinstance(last, dict) else last
+                cut_off.append((t, i, last, memory[i : i + 1]))
+    data = history | {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    last = {name: torch.from_numpy(view).to(device) for name, view in shown.items()}
+    last_values = agent(last["obs"], last["memory"], last["starts"])[1]
+    data["next_values"] = torch.cat([data["values"][1:], last_values[None]])
+    begun = torch.zeros(1, dtype=torch.bool, device=device)
+    for t, i, last, memory in cut_off:  # V of what it showed last, not of the next episode's first
+        last = torch.from_numpy(last)[None].to(device)
+        data["next_values"][t, i] = agent(last, memory, begun)[1][0]
+    return data, shown, episodes
+
+
+def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
+    """A race a game. Returns their infos, with seed, actions (T, A) and obs (T, ...)."""
+    shown = reset_games(envs, seeds, {"race": True, "tracks": tracks})
+    if not greedy:
+        torch.manual_seed(seeds[0])
+    pieces = []
+    races: dict[int, dict] = {}
+    while len(races) < len(seeds):
+        data, shown, episodes = rollout(envs, agent, shown, 20, greedy)
+        pieces.append(data)
+        for info in episodes:
+            races.setdefault(info["game"], info)  # what a game plays after its race does not count
+    for i, info in races.items():
+        steps = len(info["trail"])
+        info["seed"] = seeds[i]
+        info["actions"] = torch.cat([data["actions"][:, i] for data in pieces])[:steps].cpu()
+        info["obs"] = torch.cat([data["obs"][:, i] for data in pieces])[:steps].cpu()
+    return [races[i] for i in range(len(seeds))]
+
+
+def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) -> list[dict]:
+    """`race` for any number of seeds, in games of their own. Raises RunError if they are lost."""
+    count = min(len(seeds), 2 * torch.get_num_threads())
+    rounds = range(0, len(seeds), count)
+    waves = [(seeds * 2)[first : first + count] for first in rounds]  # the first fill up the last one
+    for _ in range(PATIENCE):
+        envs = make_envs(args, count)
+        try:
+            races = [info for wave in waves for info in race(envs, agent, wave, args.track, greedy)]
+            return races[: len(seeds)]
+        except LOST_GAME:
+            continue
+        finally:
+            end_games(envs)
+    raise RunError(f"A game was lost in {PATIENCE} evaluations in a row: type it once more.")
+
+
+def summarize(races: list[dict]) -> dict[str, Any]:
+    """Figures of races or episodes. Median and best lap are means over the tracks, None unless each was
+    finished; return_lap_correlation is None for fewer than ten laps, or within twice what chance brings."""
+    finished = [run for run in races if run["finished"]]
+    laps: dict[str, list[float]] = {run["track"]: [] for run in races}
+    for run in finished:
+        laps[run["track"]].append(run["lap_time"])
+    complete = all(laps.values())
+    correlation = 0.0
+    if len(finished) >= 10:
+        pairs = [(run["return"], run["lap_time"]) for run in finished]
+        correlation = float(np.corrcoef(pairs, rowvar=False)[0, 1])
+    means = [name for name in races[0] if name.split("/")[0] in ("return", "reward", "progress")]
+    means.append("off_track_seconds")
+    return {
+        **{name: float(np.mean([run[name] for run in races])) for name in means},
+        "races": len(races),
+        "finished": len(finished),
+        "lap_times": [run["lap_time"] for run in finished],
+        "median": float(np.mean([np.median(lap) for lap in laps.values()])) if complete else None,
+        "best": float(np.mean([min(lap) for lap in laps.values()])) if complete else None,
+        "ends": dict(Counter(run["end"] for run in races)),
+        "return_lap_correlation": correlation if correlation**2 * len(finished) > 4 else None,
+        "mean_position": float(np.mean([run["place"] for run in races])),
+        "wins": sum(run["place"] == 1 for run in finished),
+    }
+
+
+def show_races(races: list[dict], folder: Path, fps: float) -> None:
+    """Writes map.png, the first race's road with its races coloured by speed, a cross where one ended early,
+    and mosaic.mp4, up to 16 races side by side, black when they are over."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot(aspect="equal", title=races[0]["track"])
+    axes.plot(*races[0]["geometry"].nodes[:, :, [0, 2]].T, color="lightgray", linewidth=6)
+    for run in [run for run in races if run["track"] == races[0]["track"]]:
+        _, x, _, z, speed = np.array(run["trail"]).T
+        dots = axes.scatter(x, z, c=speed, s=2, cmap="coolwarm", vmin=0, vmax=30)
+        axes.plot(x[-1:], z[-1:], "none" if run["finished"] else "kx")
+    figure.colorbar(dots, label="m/s")
+    figure.savefig(folder / "map.png")
+
+    if races[0]["obs"].ndim < 4:  # nothing was drawn
+        return
+    columns = math.ceil(min(len(races), 16) ** 0.5)
+    film = nn.utils.rnn.pad_sequence([run["obs"][:, -3:] for run in races[:16]])  # (T, races, 3, H, W)
+    missing = film.new_zeros(len(film), -film.shape[1] % columns, *film.shape[2:])
+    film = torch.cat([film, missing], 1).unflatten(1, (-1, columns))  # (T, rows, columns, 3, H, W)
+    film = film.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # (T, rows * H, columns * W, 3)
+    film = film.repeat_interleave(2, 1).repeat_interleave(2, 2)  # twice as large
+    imageio.mimwrite(folder / "mosaic.mp4", list(film.numpy()), fps=fps, macro_block_size=2)
+
+
+def film_race(args: Args, run: dict, path: Path) -> None:
+    """Drives a race again, from its seed and actions, and films it: 640 x 480, three pictures a decision."""
+    env = make_env(args, run["track"], width=640, height=480, observe="pixels")
+    env.reset(seed=run["seed"], options={"race": True})
+    advance = env.advance
+    with imageio.get_writer(path, fps=3 / args.step_size, macro_block_size=2) as film:
+
+        def advance_in_thirds(seconds: float, action: Any = None) -> None:
+            for pressed in (action, None, None):  # the game goes on with an action by itself
+                advance(seconds / 3, pressed)
+                film.append_data(env.render())
+
+        env.advance = advance_in_thirds
+        for action in run["actions"].tolist():
+            env.step(action)
+
+
+def evaluate(args: Args, checkpoint: dict) -> None:
+    """Races a checkpoint on a track, greedily and sampled, beside the game's own AI; prints a table
+    and writes evaluation.json, map.png, mosaic.mp4 and best_race.mp4."""
+    agent = make_agent(args, checkpoint)
+    track = args.track[0]
+    folder = Path("runs", f"{Path(args.evaluate).stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.mkdir(parents=True)
+    seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
+    races = {
+        "greedy": race_all(args, agent, seeds),
+        "sampled": race_all(args, agent, seeds, greedy=False),
+        "ai": race_all(dataclasses.replace(args, driver="ai"), agent, seeds),
+    }
+    best = min(races["greedy"], key=lambda run: (run["lap_time"], -run["progress"]))
+    filming = multiprocessing.Process(target=film_race, args=(args, best, folder / "best_race.mp4"))
+    filming.start()
+    show_races(races["greedy"], folder, 1 / args.step_size)
+
+    summaries = {name: summarize(runs) for name, runs in races.items()}
+    greedy, ai = summaries["greedy"], summaries["ai"]
+    both = zip(races["greedy"], races["ai"], strict=True)
+    result = {
+        **(vars(args) | find_game(args.engine)[0] | summaries | greedy),
+        "checkpoint": args.evaluate,
+        "iteration": checkpoint["iteration"],
+        "seeds": seeds,
+        "ai_lap_times": ai["lap_times"],
+        "ai_median": ai["median"],
+        "ratio": greedy["median"] / ai["median"] if greedy["median"] and ai["median"] else None,
+        "faster_than_ai": sum(ours["lap_time"] < theirs["lap_time"] for ours, theirs in both),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    print(f"{track:20}{'finished':>10}{'median':>10}{'best':>10}{'off track':>10}")
+    for name, summary in summaries.items():
+        times = [summary[key] or math.nan for key in ("median", "best", "off_track_seconds")]
+        finished = f"{summary['finished']}/{len(seeds)}"
+        print(f"{name:20}{finished:>10}" + "".join(f"{seconds:8.2f} s" for seconds in times))
+    print(f"{result['ratio'] or math.nan:.3f} of the AI's median; faster from {result['faster_than_ai']} starts")
+    if (greedy["return_lap_correlation"] or 0) > 0:
+        print("this reward pays more for slower laps: --reward progress does not")
+    filming.join()
+    print(f"written to {folder}/: evaluation.json, map.png, mosaic.mp4, best_race.mp4")
+
+
+# --- Learning -------------------------------------------------------------------------------------
+
+TEACHER_STEPS = 400_000  # decisions that a teacher learns from
+TEACHING = 400_000  # decisions over which a teacher's weight falls from one to zero
+FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations after which all games begin afresh and last.pt is written
+SAVE_SECONDS = 240.0  # after which it is written in any case
+
+
+def make_agent(args: Args, checkpoint: dict | None) -> Agent:
+    """The network on its device, with a checkpoint's weights if one is given. Raises UsageError."""
+    env, *_ = [make_env(args, track) for track in args.track]  # each is checked
+    network = StateAgent if args.observe == "state" else Agent
+    agent = network(env.observation_space.shape, env.action_space.nvec)
+    try:
+        agent.load_state_dict(checkpoint["agent"] if checkpoint else agent.state_dict())
+    except (KeyError, RuntimeError) as error:
+        raise UsageError("Another network: type --actions, --width and the like as it learnt with.") from error
+    gpu = args.device == "auto" and torch.cuda.is_available()
+    return agent.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
+
+
+def save(contents: dict, path: Path) -> None:
+    """Writes a checkpoint; a crash at any moment leaves either the old file or the new one."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getvalue())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint with its "args" as Args; nothing in it is executed. Raises UsageError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
+        settings = {name: value for name, value in checkpoint["args"].items() if name in known}
+        settings = {"teacher": ("none",)} | settings  # older scripts had none, and other settings
+        return checkpoint | {"args": Args(**settings)}
+    except UsageError:  # settings that it cannot have been saved with by this script
+        raise
+    except FileNotFoundError:
+        raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
+    except Exception as error:  # whatever may be in a file
+        raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
+
+
+def next_lesson(lesson: dict, passed: bool, agent: Agent) -> dict:
+    """The speed curriculum: a passed cap rises by the increment; after one that fails, the weights that
+    passed last learn on, below a cap that is half the increment above theirs. All are in m/s."""
+    cap = lesson["cap"]
+    if passed:
+        weights = copy.deepcopy(agent.state_dict())
+        return lesson | {"cap": cap + lesson["increment"], "passed": cap, "weights": weights}
+    if lesson["passed"] is None:
+        return lesson
+    agent.load_state_dict(lesson["weights"])
+    increment = max(lesson["increment"] / 2, 0.25)
+    return lesson | {"cap": lesson["passed"] + increment, "increment": increment}
+
+
+def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) -> tuple[bool, list]:
+    """Greedy races from other starts than --evaluate has, since these choose best.pt. Returns whether all
+    finished, and a score: finish rate, then median lap, then progress."""
+    first = args.eval_seed + 10_000
+    args = dataclasses.replace(args, speed_cap=cap)
+    races = race_all(args, agent, list(range(first, first + args.eval_episodes)))
+    show_races(races, Path(writer.log_dir), 1 / args.step_size)
+    summary = summarize(races)
+    for name in ("finished", "progress", "off_track_seconds", "median", "best"):
+        writer.add_scalar(f"eval/{name}", math.nan if summary[name] is None else summary[name], step)
+    rate = summary["finished"] / len(races)
+    median = summary["median"] or math.inf
+    tqdm.write(f"{step:>9} decisions: {rate:.0%} of the races finished, median {median:.2f} s")
+    return rate == 1, [rate, -median, summary["progress"]]
+
+
+def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str, Tensor], list[dict]]:
+    """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown" last.
+
+    Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there is
+    the run that never stopped. Raises RunError.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    number = run["iteration"] * int(os.environ.get("WORLD_SIZE", 1)) + rank
+    seed = args.seed * 1_000_000 + number * args.num_envs
+    for attempt in range(PATIENCE):
+        try:
+            if not games["shown"] or run["iteration"] % FRESH_GAMES[args.observe] == 0:
+                torch.manual_seed(seed + attempt)
+                observe = args.observe if args.teacher == ("none",) else "both"
+                games["envs"] = games["envs"] or make_envs(
+                    args, args.num_envs, first=rank * args.num_envs, observe=observe
+                )
+                options = {"speed_cap": run["lesson"]["cap"]}
+                seeds = range(seed, seed + args.num_envs)
+                games["shown"] = reset_games(games["envs"], seeds, options)
+            data, games["shown"], episodes = rollout(games["envs"], agent, games["shown"], args.num_steps)
+            return data, episodes
+        except LOST_GAME:
+            end_games(games["envs"])
+            games.update(envs=None, shown=None)
+            run["lost_games"] += 1
+    raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
+
+
+def snapshot(args: Args, agent: Agent, optimizer: Any, run: dict) -> dict:
+    """A copy of all that a run goes on from."""
+    settings = vars(args) | {"speed_cap": run["lesson"]["cap"], "resume": None, "init_from": None}
+    state = {"args": settings, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    return copy.deepcopy(state | run)
+
+
+def load_teachers(args: Args) -> list[Agent]:
+    """Networks that learnt the same actions with --observe state. Raises UsageError."""
+    teachers = []
+    for path in args.teacher if args.teacher not in (("learn",), ("none",)) else ():
+        checkpoint = load_checkpoint(Path(path))
+        theirs = checkpoint["args"]
+        if (theirs.observe, theirs.actions, theirs.speeds) != ("state", args.actions, args.speeds):
+            raise UsageError(f"{path} teaches no such actions: learn it with --observe state --actions {args.actions}")
+        teachers.append(make_agent(theirs, checkpoint))
+    return teachers
+
+
+@torch.no_grad()
+def ask_teachers(teachers: list[Agent], state: Tensor, first: int) -> Tensor:
+    """Logits (T, N, ...) of the teachers, of which the games have one each in turn, for their states (T, N, S)."""
+    advice = [teachers[(first + i) % len(teachers)](state[:, i])[0] for i in range(state.shape[1])]
+    return torch.stack(advice, 1)
+
+
+def train(args: Args, folder: Path) -> Agent:
+    """Learns, from nothing or from the last.pt of a run's folder, which it writes. Returns the network."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    checkpoint = load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
+    torch.manual_seed(args.seed)
+    agent = make_agent(args, checkpoint or (args.init_from and load_checkpoint(args.init_from)))
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    teachers = load_teachers(args)
+    lesson = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}
+    run: dict[str, Any] = {"iteration": 0, "best": [], "lesson": lesson, "recent": [], "lost_games": 0}
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        run = {name: checkpoint[name] for name in run}
+    batch_size = args.num_envs * args.num_steps * world
+    num_iterations = max(args.total_timesteps // batch_size, 1)
+    step = run["iteration"] * batch_size
+    writer: Any = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
+    if writer:
+        writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
+    bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
+    bar.set_description("teacher" if args.observe == "state" else None)
+    games: dict[str, Any] = {"envs": None, "shown": None}
+    last = snapshot(args, agent, optimizer, run)  # the last whole iteration
+    saved_at = time.time()
+    if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
+        if writer and not checkpoint:
+            save(last, folder / "last.pt")
+        steps = min(args.total_timesteps, TEACHER_STEPS)
+        teachers = [train(dataclasses.replace(args, observe="state", total_timesteps=steps), folder / "teacher")]
+    try:
+        while run["iteration"] < num_iterations:
+            # Anneal: the step size and the exploration fall linearly to zero
+            started = time.time()
+            left = 1 - run["iteration"] / num_iterations
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            agent.epsilon = args.epsilon * left
+            agent.teaching = max(0.0, 1 - step / TEACHING) if teachers else 0.0
+
+            # Collect num_steps decisions in every game
+            data, episodes = collect(args, agent, run, games)
+            collected = time.time()
+
+            # Ask the teacher what it would do in every state that the student came to
+            if agent.teaching:
+                data["teacher_logits"] = ask_teachers(teachers, data["state"], rank * args.num_envs)
+
+            # Advantages: what an action brought beyond what the critic expected
+            data["advantages"] = compute_gae(data, args.gamma, args.gae_lambda)
+            data["returns"] = data["advantages"] + data["values"]
+
+            # Learn: some passes in minibatches, on which the clipped objective stays near the old
+            if args.observe == "state":  # without a memory each decision is a game
+                data = {name: values.flatten(0, 1)[None] for name, values in data.items()}
+            metrics = ppo_update(agent, optimizer, data, args)
+            metrics["charts/update_seconds"] = time.time() - collected
+            run["iteration"] += 1
+            step += batch_size
+
+            # Look: the last hundred episodes from the line, and now and then greedy races
+            run["recent"] = [*run["recent"], *(e for e in episodes if e["from_line"])][-100:]
+            if run["recent"]:
+                summary = summarize(run["recent"])
+                metrics.update({f"charts/{key}": x for key, x in summary.items() if isinstance(x, float)})
+                metrics["charts/finished"] = summary["finished"] / summary["races"]
+            cap = run["lesson"]["cap"]
+            last_one = run["iteration"] == num_iterations
+            due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
+            passed, score = exam(args, agent, cap, writer, step) if due and writer else (False, [])
+            if score > run["best"]:
+                run["best"] = score
+                save(snapshot(args, agent, optimizer, run) | {"optimizer": None}, folder / "best.pt")
+            if due and args.speed_curriculum:
+                verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
+                average_over_ranks([verdict])
+                run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
+                games["shown"] = None  # an episode is driven below one cap
+
+            # Save: scalars of every iteration, and now and then what a run goes on from
+            metrics["charts/teaching"] = agent.teaching
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/SPS"] = batch_size / (time.time() - started)
+            metrics["charts/lost_games"] = run["lost_games"]
+            metrics["charts/speed_cap"] = cap or math.inf
+            for key, value in metrics.items() if writer else ():
+                writer.add_scalar(key, value, step)
+            last = snapshot(args, agent, optimizer, run)
+            fresh = run["iteration"] % FRESH_GAMES[args.observe] == 0
+            if writer and (fresh or time.time() - saved_at > SAVE_SECONDS):
+                save(last, folder / "last.pt")
+                saved_at = time.time()
+            if run["recent"]:
+                shown = (metrics["charts/progress"], metrics["charts/finished"])
+                bar.set_postfix(lap=f"{shown[0]:.0%}", finished=f"{shown[1]:.0%}")
+            bar.update(batch_size)
+    finally:  # however it ends: nothing is lost, and no process stays
+        bar.close()
+        end_games(games["envs"])
+        if writer:
+            writer.close()
+            save(last, folder / "last.pt")
+    return agent
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: by its affinity, its container's quota and OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
+    """A run's folder, new or resumed, while no other process may write it; says how to go on. Raises UsageError."""
+    quoted = shlex.quote(str(folder))
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=resumed)
+        lock.acquire()
+    except FileExistsError:
+        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
+    except filelock.Timeout:
+        raise UsageError(f"{folder} belongs to a run that goes on: stop that first, or type another --name.") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): start it in another folder.") from error
+    try:
+        yield folder
+    finally:
+        if (folder / "last.pt").exists():
+            print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
+        lock.release()
+
+
+def main() -> None:
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # a run then saves
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: learning takes half the time
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    torch.set_num_threads(usable_cores())
+    try:
+        args = tyro.cli(Args, description=__doc__)
+        if args.resume and args.resume.is_file():
+            args.resume = args.resume.parent
+        folder = args.resume
+        path = args.evaluate or (folder and folder / "last.pt")
+        if path:  # its settings hold but for those typed
+            checkpoint = load_checkpoint(path)
+            args = tyro.cli(Args, description=__doc__, default=checkpoint["args"])
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if not dist.is_torchelastic_launched():
+                raise UsageError("WORLD_SIZE is set, but not by torchrun: type unset WORLD_SIZE")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if args.evaluate:
+            for track in args.track:
+                evaluate(dataclasses.replace(args, track=(track,)), checkpoint)
+            return
+        name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        make_agent(args, args.init_from and load_checkpoint(args.init_from))  # what is wrong is said before
+        load_teachers(args)  # anything is written
+        with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+            train(args, folder)
+    except (UsageError, RunError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+if __name__ == "__main__":
+    main()
