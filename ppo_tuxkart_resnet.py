@@ -1,18 +1,19 @@
-"""PPO drives the real SuperTuxKart from pixels with deep networks: ppo_tuxkart.py and what differs.
+"""PPO learns to drive the real SuperTuxKart from pixels, with deep networks.
 
-IMPALA's residual CNN (Espeholt et al. 2018, https://arxiv.org/abs/1802.01561) with frames stacked or an
-LSTM; the 2D residual network and the 3D ResNet of the project tuxkart-ai, layer by layer; the Nature CNN
-behind batch normalization of the EC418 notebook. `diff ppo_tuxkart.py ppo_tuxkart_resnet.py` shows it all.
+Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized
+advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the networks of
+IMPALA, tuxkart-ai, EC418. The kart sees pictures only; speed and place serve the reward, the
+episode's end, the governor of those actions that ask for a speed, and a teacher: a small network that
+sees the state of the game learns first, fast, since nothing is drawn for it, and the kart then learns
+from its advice and from PPO (Chen et al. 2019, https://arxiv.org/abs/1912.12294; `teacher_kl`).
 
-    python ppo_tuxkart_resnet.py --track scotland                                # IMPALA
-    python ppo_tuxkart_resnet.py --network resnet3d --base-channels 16           # the 3D ResNet, smaller
-    python ppo_tuxkart_resnet.py --summary --network conv2d --width 400 --height 600 --actions tuxkart
-    python ppo_tuxkart_resnet.py --evaluate runs/<name>/best.pt                  # race it against the AI
+    python ppo_tuxkart_resnet.py --track scotland                 # learn, with IMPALA's network
+    python ppo_tuxkart_resnet.py --evaluate runs/<name>/best.pt   # race it against the game's AI
+    python ppo_tuxkart_resnet.py --summary --network conv2d       # print a network and stop
 
-On two cores without a GPU IMPALA takes about 1.7 times as long as ppo_tuxkart.py, and learns from fewer decisions.
+On two cores without a GPU IMPALA's takes 1.7 times as long as ppo_tuxkart.py, and fewer decisions.
 """
 
-import argparse
 import atexit
 import contextlib
 import copy
@@ -21,31 +22,37 @@ import dataclasses
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
+import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads spin
 
+import filelock
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchinfo
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -63,6 +70,7 @@ class Game:
     """How the game is played: the settings of `TuxKartEnv`, and the first of the flags."""
 
     engine: Literal["auto", "pystk", "pystk2"] = "auto"  # auto prefers pystk, which is faster
+    observe: Literal["pixels", "state", "both"] = "pixels"  # state: numbers, and nothing is drawn
     width: int = 64  # width of the picture, in pixels
     height: int = 64  # height of the picture, in pixels
     frame_stack: int = 2  # pictures the network sees, the newest last
@@ -73,16 +81,22 @@ class Game:
     driver: tyro.conf.Suppress[Literal["agent", "ai"]] = "agent"  # ai: the game's own drives
     difficulty: int = 2  # the game's, 0 to 3: top speed is 0.6, 0.8, 0.92 or 1 of the full one
     num_karts: int = 1  # karts in the race; the game's AI drives the others
-    reward: tuple[str, ...] = ("progress",)  # reward(s), weighted: progress:1 ec418:0.1
-    actions: Literal["drive", "ec418", "tuxkart", "tuxkart_rescue"] = "drive"  # what the network decides
-    speeds: tyro.conf.Suppress[tuple[float, ...]] = (8.0, 16.0, 24.0)  # of ppo_tuxkart.py's deepracer
+    reward: tuple[str, ...] = ("progress",)  # reward(s), weighted: progress:1 zigzag:0.1
+    actions: Literal["drive", "ec418", "deepracer", "tuxkart", "tuxkart_rescue"] = "drive"  # what the network decides
+    speeds: tuple[float, ...] = (8.0, 16.0, 24.0)  # m/s to choose from, for --actions deepracer
     speed_cap: float | None = None  # m/s that the kart keeps below, whatever was decided
     color: Literal["rgb", "gray"] = "rgb"  # what the pictures hold
-    info_picture: tyro.conf.Suppress[bool] = False  # whether tuxkart-ai's information picture comes first
-    random_action_prob: float = 0.0  # chance per decision that a burst of random actions begins, to recover from
+    info_picture: tyro.conf.Suppress[bool] = False  # whether an information picture comes first
+    random_action_prob: float = 0.0  # chance per decision that a burst of random actions begins
     random_action_steps: int = 4  # length of such a burst
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward, str):
+            self.reward = (self.reward,)
+        for name, kind in typing.get_type_hints(Game).items():
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            if choices and getattr(self, name) not in choices:
+                raise UsageError(f"{name} is {getattr(self, name)}: type one of {', '.join(choices)}.")
         for name, (least, most) in BOUNDS.items():
             value = getattr(self, name, None)
             if value is not None and not least <= value <= most:
@@ -90,26 +104,24 @@ class Game:
                 raise UsageError(f"{name} is {value}: type a number from {least:.4g} to {most}.")
         if not self.speeds or list(self.speeds) != sorted({abs(speed) for speed in self.speeds}):
             raise UsageError("The speeds are in m/s, the slowest first: type --speeds 8 16 24.")
-        if self.actions not in ACTIONS:
-            raise UsageError(f"There are no such actions: type --actions {' or '.join(ACTIONS)}.")
         parse_reward(self.reward)
 
 
 @dataclasses.dataclass
 class Args(Game):
-    """PPO that drives SuperTuxKart from pixels with deep networks. `--track scotland` is all it needs."""
+    """PPO that drives SuperTuxKart from pixels. `--track scotland` is all it needs."""
 
     network: Literal["impala", "conv2d", "resnet3d", "ec418"] = "impala"  # which one
     base_channels: int | None = None  # channels of its first layer (default: 16, 128, 256, 32)
-    memory: Literal["stack", "lstm"] = "stack"  # frames stacked, or one frame and an LSTM (impala only)
-    frame_stack: int | None = None  # pictures it sees (default: resnet3d 5, conv2d 4, lstm 1, else 2)
+    frame_stack: int | None = None  # pictures it sees (default: 2, 4, 5, 2)
     amp: Literal["off", "bf16", "fp16"] = "off"  # half precision in the network; losses are float32
     summary: bool = False  # print the network's layers and stop
-    moving_finish: bool = False  # end episodes at a line that starts near and moves on as they reach it
+    moving_finish: bool = False  # end episodes at a line that moves on as they reach it
     track: tuple[str, ...] = ("scotland",)  # track(s) to learn; the games take them in turn
     total_timesteps: int = 1_000_000  # decisions to learn from, all games together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
+    teacher: tuple[str, ...] = ("learn",)  # learn: one, first; none; or checkpoints, one for all or one a track
     resume: Path | None = None  # run folder to go on with; its settings hold but for those typed
     init_from: Path | None = None  # checkpoint to take the network's weights from, nothing else
     evaluate: Path | None = None  # checkpoint to race, beside the game's own AI; no learning
@@ -132,29 +144,29 @@ class Args(Game):
     max_grad_norm: float = 0.5  # largest norm of the gradient
     epsilon: float = 0.0  # share of uniformly random actions; it falls linearly to zero
     grad_accum: int = 1  # pieces that a minibatch is computed in: less memory for the same gradient
-    augment: Literal["none", "shift"] = "none"  # random shifts, and a penalty on what depends on them
-    augment_coef: float = 0.1  # weight of that penalty
+    augment: Literal["none", "shift"] = "none"  # a penalty on what depends on shifts
+    augment_coef: float = 0.1  # its weight
 
     def __post_init__(self) -> None:
-        frames, channels = NETWORKS[self.network][1:]
-        self.frame_stack = self.frame_stack or (1 if self.memory == "lstm" else frames)
+        _, frames, channels, _ = NETWORKS[self.network]
+        self.frame_stack = self.frame_stack or frames
         self.base_channels = self.base_channels or channels
         if self.network == "conv2d":
             self.color = "gray"
             self.info_picture = True
-        if self.memory == "lstm" and self.network != "impala":
-            raise UsageError("Only impala has an LSTM: leave out --memory, or type --network impala.")
         if self.network == "resnet3d" and self.frame_stack < 5:
             raise UsageError("resnet3d needs 5 pictures or more: type --frame-stack 5.")
         super().__post_init__()
         batch = self.num_envs * self.num_steps
-        units = self.num_envs if self.memory == "lstm" else batch  # an LSTM learns from whole games
-        if units % self.num_minibatches or batch == self.num_minibatches:
-            raise UsageError(f"{units} do not divide: type another --num-minibatches.")
-        if self.grad_accum > units // self.num_minibatches:
-            raise UsageError("A minibatch has fewer parts: type a smaller --grad-accum.")
+        if batch % self.num_minibatches or batch == self.num_minibatches:
+            raise UsageError(f"{batch} decisions do not divide: type another --num-minibatches.")
         if len(self.track) > self.num_envs:
             raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
+        if self.observe == "state":
+            self.teacher = ("none",)
+            self.augment = "none"
+        if len(self.teacher) not in (1, len(self.track)):
+            raise UsageError("Type one --teacher for all tracks, or one for each.")
         if self.speed_curriculum and not (self.speed_cap and self.eval_interval):
             raise UsageError("--speed-curriculum needs a first cap: type --speed-cap 8 as well.")
 
@@ -175,9 +187,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # least and most
 }
 
 
-# --- The networks ---------------------------------------------------------------------------------
-
-HIDDEN = 256  # features of impala, and its LSTM's units
+# --- The network and PPO --------------------------------------------------------------------------
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
@@ -186,234 +196,156 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
     return layer
 
 
-def orthogonal_convolutions(module: nn.Sequential, gain: float = 1.0) -> nn.Sequential:
-    """A module whose convolutions are orthogonal with zero biases."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Conv3d):
-            nn.init.orthogonal_(layer.weight, gain)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    return module
-
-
-def output_shape(module: nn.Module, shape: Sequence[int]) -> torch.Size:
-    """Shape of a module's output for one input of a shape, both without the batch's dimension."""
-    return copy.deepcopy(module).to("meta").eval()(torch.zeros(1, *shape, device="meta")).shape[1:]
-
-
-class Residual2d(nn.Module):
-    """tuxkart-ai's 2D residual: two convolutions, the second undoing the first one's extra row; no activation after."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 4, stride=1, padding=2),
-            nn.Tanh(),
-            nn.BatchNorm2d(channels),
-            nn.Conv2d(channels, channels, 4, stride=1, padding=1),
-            nn.Tanh(),
-            nn.BatchNorm2d(channels),
-        )
-
+class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        return x + super().forward(x)
 
 
-def conv2d_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
-    """tuxkart-ai's 2D network. shape: (C, H, W). Returns trunk and a function that makes a head of n outputs."""
-    trunk = nn.Sequential(
-        nn.Conv2d(shape[0], channels, 10, stride=4, padding=1),
-        nn.Tanh(),
-        nn.BatchNorm2d(channels),
-        Residual2d(channels),
-        nn.Conv2d(channels, channels, 4, stride=2, padding=1),
-        nn.Tanh(),
-        nn.BatchNorm2d(channels),
-        Residual2d(channels),
-    )
-    size = output_shape(trunk, shape)[1:].numel()
-
-    def head(outputs: int, gain: float) -> nn.Module:
-        layers = [nn.Conv2d(channels, 1, 3, padding=1), nn.Tanh(), nn.Flatten()]
-        return orthogonal_convolutions(nn.Sequential(*layers, orthogonal(nn.Linear(size, outputs), gain)))
-
-    return orthogonal_convolutions(trunk), head
+def normalized(convolution: Any, activation: nn.Module) -> list[nn.Module]:
+    """tuxkart-ai's layers: its batch normalization comes after the activation."""
+    norm = nn.BatchNorm2d if isinstance(convolution, nn.Conv2d) else nn.BatchNorm3d
+    return [convolution, activation, norm(convolution.out_channels)]
 
 
-class ConvBlock3d(nn.Module):
-    """BN(ReLU(conv x))."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, padding: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=padding)
-        self.norm = nn.BatchNorm3d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.relu(self.conv(x)))
+def count_features(layers: list[nn.Module], shape: Sequence[int]) -> int:
+    """Numbers that come out of layers for one picture of a shape."""
+    shapes = copy.deepcopy(nn.Sequential(*layers)).to("meta").eval()
+    return shapes(torch.zeros(1, *shape, device="meta")).numel()
 
 
-class ResBlock3d(nn.Module):
-    """BN(ReLU(conv(BN(ReLU(conv x)))) + x)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm3d(channels)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm3d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(F.relu(self.conv2(self.norm1(F.relu(self.conv1(x))))) + x)
+def impala_network(shape: Sequence[int], channels: int, frames: int) -> tuple[list, list, list]:
+    """IMPALA's 15 layers (Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, figure 3)."""
+    trunk: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise((shape[0], channels, 2 * channels, 2 * channels)):
+        trunk += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
+        for _ in range(2):
+            first, second = (nn.Conv2d(outputs, outputs, 3, padding=1) for _ in range(2))
+            trunk.append(Residual(nn.ReLU(), first, nn.ReLU(), second))
+    hidden = orthogonal(nn.Linear(count_features(trunk, shape), 256), 2**0.5)
+    return [*trunk, nn.ReLU(), nn.Flatten(), hidden, nn.ReLU()], [], []
 
 
-class Frames(nn.Module):
-    """(B, C T, H, W), the oldest picture first, as (B, C, T, H, W); or the mean of its colours, (B, T, H, W)."""
+def conv2d_network(shape: Sequence[int], channels: int, frames: int) -> tuple[list, list, list]:
+    """tuxkart-ai's 2D network."""
 
-    def __init__(self, frames: int, mean: bool = False) -> None:
-        super().__init__()
-        self.frames, self.mean = frames, mean
+    def residual() -> nn.Module:  # the second takes off the row that the first adds
+        first, second = (nn.Conv2d(channels, channels, 4, padding=padding) for padding in (2, 1))
+        return Residual(*normalized(first, nn.Tanh()), *normalized(second, nn.Tanh()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(1, (self.frames, -1))
-        return x.mean(2) if self.mean else x.transpose(1, 2)
-
-
-def resnet3d_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
-    """tuxkart-ai's 3D ResNet. shape: (C T, H, W). Returns trunk and a function that makes a head of n outputs."""
-    trunk = nn.Sequential(
-        Frames(frames),
-        ConvBlock3d(shape[0] // frames, channels, stride=2),
-        *(ResBlock3d(channels) for _ in range(5)),
-        ConvBlock3d(channels, channels, stride=3, padding=0),
-        *(ResBlock3d(channels) for _ in range(5)),
-    )
-    size = output_shape(trunk, shape)[1:].numel()
-
-    def head(outputs: int, gain: float) -> nn.Module:
-        middle = max(channels // 4, 1)
-        blocks = [ConvBlock3d(channels, middle), nn.ReLU(), ConvBlock3d(middle, 1)]  # the actor's
-        if outputs == 1:  # the critic's
-            blocks = [ConvBlock3d(channels, 1), nn.ReLU()]
-        linear = orthogonal(nn.Linear(size, outputs), gain)
-        return orthogonal_convolutions(nn.Sequential(*blocks, nn.Flatten(), linear))
-
-    return orthogonal_convolutions(trunk), head
+    trunk = [
+        *normalized(nn.Conv2d(shape[0], channels, 10, stride=4, padding=1), nn.Tanh()),
+        residual(),
+        *normalized(nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.Tanh()),
+        residual(),
+    ]
+    policy, value = ([nn.Conv2d(channels, 1, 3, padding=1), nn.Tanh()] for _ in range(2))
+    return trunk, policy, value
 
 
-class Residual(nn.Module):
-    """IMPALA's residual: two convolutions, each after a ReLU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
-
-
-def impala_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
-    """IMPALA's 15 layers (figure 3, right). shape: (C, H, W). Returns trunk and a function that makes a head."""
-    layers, inputs = [], shape[0]
-    for outputs in (channels, 2 * channels, 2 * channels):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)]
-        layers += [Residual(outputs), Residual(outputs)]
-        inputs = outputs
-    trunk = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
-    size = output_shape(trunk, shape).numel()
-    trunk.extend([orthogonal(nn.Linear(size, HIDDEN), 2**0.5), nn.ReLU()])
-    return trunk, lambda outputs, gain: orthogonal(nn.Linear(HIDDEN, outputs), gain)
+def resnet3d_network(shape: Sequence[int], channels: int, frames: int) -> tuple[list, list, list]:
+    """tuxkart-ai's 3D ResNet."""
+    convolution = functools.partial(nn.Conv3d, kernel_size=3, padding=1)
+    residuals = []
+    for _ in range(10):
+        first, second = (convolution(channels, channels, bias=False) for _ in range(2))
+        residuals += [Residual(*normalized(first, nn.ReLU()), second, nn.ReLU()), nn.BatchNorm3d(channels)]
+    trunk = [
+        nn.ChannelShuffle(frames),  # (B, T C, H, W) to (B, C T, H, W)
+        nn.Unflatten(1, (-1, frames)),
+        *normalized(convolution(shape[0] // frames, channels, stride=2), nn.ReLU()),
+        *residuals[:10],
+        *normalized(convolution(channels, channels, stride=3, padding=0), nn.ReLU()),
+        *residuals[10:],
+    ]
+    middle = max(channels // 4, 1)
+    policy = [*normalized(convolution(channels, middle), nn.ReLU()), nn.ReLU()]
+    policy += normalized(convolution(middle, 1), nn.ReLU())
+    return trunk, policy, [*normalized(convolution(channels, 1), nn.ReLU()), nn.ReLU()]
 
 
-def ec418_network(shape: Sequence[int], channels: int, frames: int) -> tuple[nn.Module, Callable]:
-    """EC418's actor and critic: two networks that share nothing, each on the mean of a picture's colours.
+def ec418_network(shape: Sequence[int], channels: int, frames: int) -> tuple[list, list, list]:
+    """EC418's actor and critic, which share nothing, on the mean of a picture's colours."""
 
-    shape: (C, H, W), RGB or gray. Returns trunk and a function that makes a head.
-    """
-
-    def head(outputs: int, gain: float) -> nn.Module:
+    def network() -> list[nn.Module]:
         layers = [nn.BatchNorm2d(frames), nn.Conv2d(frames, channels, 8, stride=4), nn.ReLU()]
         layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2), nn.ReLU()]
-        layers += [nn.Conv2d(2 * channels, 2 * channels, 3, stride=1), nn.ReLU(), nn.Flatten()]
-        convolutions = orthogonal_convolutions(nn.Sequential(*layers), 2**0.5)
-        size = output_shape(convolutions, (frames, *shape[1:])).numel()
-        hidden = orthogonal(nn.Linear(size, 512), 2**0.5)
-        return convolutions.extend([hidden, nn.ReLU(), orthogonal(nn.Linear(512, outputs), gain)])
+        layers += [nn.Conv2d(2 * channels, 2 * channels, 3), nn.ReLU(), nn.Flatten()]
+        size = count_features(layers, (frames, *shape[1:]))
+        return [*layers, orthogonal(nn.Linear(size, 512), 2**0.5), nn.ReLU()]
 
-    return Frames(frames, mean=True), head
+    return [nn.AvgPool3d((shape[0] // frames, 1, 1))], network(), network()
 
 
-NETWORKS: dict[str, tuple[Callable, int, int]] = {  # its pictures and channels, where none are typed
-    "impala": (impala_network, 2, 16),
-    "conv2d": (conv2d_network, 4, 128),
-    "resnet3d": (resnet3d_network, 5, 256),
-    "ec418": (ec418_network, 2, 32),
+# A function of (C, H, W), the first layer's channels and the pictures: it returns layers of the
+# trunk, of the policy, of the value; pictures and channels by default; gain of convolutions.
+NETWORKS: dict[str, tuple[Callable, int, int, float | None]] = {
+    "impala": (impala_network, 2, 16, None),  # as PyTorch draws them
+    "conv2d": (conv2d_network, 4, 128, 1.0),
+    "resnet3d": (resnet3d_network, 5, 256, 1.0),
+    "ec418": (ec418_network, 2, 32, 2**0.5),
 }
 
 
 class Agent(nn.Module):
-    """A network by name, with a policy head and a value head.
+    """A network by name with a policy head and a value head.
 
-    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of the action,
-    values (B,), and state. With an LSTM the B rows are T decisions of N games, the first N rows the
-    earliest; state is (N, 2 HIDDEN), and `starts` (B,) says which rows begin an episode. Else it is (N, 0).
-    Batch normalization uses its running statistics while sampling and while learning, so that both see
-    the same network; `refresh_batch_norm` moves them between updates.
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an action, and
+    values (B,). Batch normalization always uses its running statistics: see `refresh_batch_norm`.
     """
+
+    epsilon = 0.0  # share of uniformly random actions
+    teaching = 0.0  # weight of the divergence from the teacher
 
     def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int], args: Args) -> None:
         super().__init__()
-        self.nvec, self.epsilon = [int(n) for n in nvec], 0.0
+        self.nvec = [int(n) for n in nvec]
         self.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-        self.trunk, head = NETWORKS[args.network][0](obs_shape, args.base_channels, args.frame_stack)
-        self.lstm = nn.LSTMCell(HIDDEN, HIDDEN) if args.memory == "lstm" else None
-        self.state_size = 2 * HIDDEN if self.lstm else 0
-        self.policy, self.value = head(sum(self.nvec), 0.01), head(1, 1.0)
-        self.format = torch.contiguous_format if args.network == "resnet3d" else torch.channels_last
-        self.to(memory_format=self.format)  # type: ignore[call-overload]  # torch's hints lack it
+        network, _, _, convolutions = NETWORKS[args.network]
+        trunk, policy, value = network(obs_shape, args.base_channels, args.frame_stack)
+
+        def head(layers: list[nn.Module], outputs: int, gain: float) -> nn.Module:
+            size = count_features(trunk + layers, obs_shape)
+            return nn.Sequential(*layers, nn.Flatten(), orthogonal(nn.Linear(size, outputs), gain))
+
+        self.trunk = nn.Sequential(*trunk)
+        self.policy = head(policy, sum(self.nvec), 0.01)
+        self.value = head(value, 1, 1.0)
+        for layer in self.modules():
+            if convolutions and isinstance(layer, nn.Conv2d | nn.Conv3d):
+                nn.init.orthogonal_(layer.weight, convolutions)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        if args.network != "resnet3d":
+            self.to(memory_format=torch.channels_last)  # type: ignore  # faster on a CPU
         self.eval()
 
-    def forward(self, obs: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pictures = obs.float().div_(255.0).contiguous(memory_format=self.format)
-        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.amp or torch.bfloat16, enabled=self.amp is not None):
-            features = self.trunk(pictures)
-            if self.lstm is not None:
-                outputs = []
-                for step, start in zip(features.split(len(state)), starts.split(len(state)), strict=True):
-                    hidden, cell = self.lstm(step, (state * ~start[:, None]).chunk(2, -1))
-                    state = torch.cat([hidden, cell], -1).float()
-                    outputs.append(hidden)
-                features = torch.cat(outputs)
-            logits, values = self.policy(features), self.value(features)
-        return logits.float(), values.float().squeeze(-1), state
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        pictures = obs.float().div_(255.0).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cuda" if obs.is_cuda else "cpu", self.amp, enabled=self.amp is not None):
+            hidden = self.trunk(pictures)
+            return self.policy(hidden).float(), self.value(hidden).float().squeeze(-1)
 
 
-@torch.no_grad()
-def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, most: int, pieces: int) -> None:
-    """Moves batch normalization's running statistics towards those of `most` of the pictures
-    (B, C, H, W), which the network sees in pieces, each normalized by itself."""
-    norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
-    if not norms:
-        return
-    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    sums = [torch.zeros_like(torch.stack(pair)) for pair in before]  # of the mean and of the square
-    some = obs[torch.randperm(len(obs))[:most]].to(norms[0].running_mean.device)
-    for norm in norms:
-        norm.train().momentum = 1.0
-    for piece in some.tensor_split(min(pieces, len(some))):
-        agent(piece, torch.zeros(len(piece), 0, device=piece.device), None)
-        for norm, total in zip(norms, sums, strict=True):
-            square = norm.running_var + norm.running_mean**2
-            total += len(piece) / len(some) * torch.stack([norm.running_mean, square])
-    for norm, (old_mean, old_variance), total in zip(norms, before, sums, strict=True):
-        average_over_ranks([total])
-        mean, square = total
-        norm.running_mean.copy_(old_mean.lerp(mean, momentum))
-        norm.running_var.copy_(old_variance.lerp((square - mean**2).clamp(min=0.0), momentum))
-    agent.eval()
+class StateAgent(Agent):
+    """Two perceptrons. forward: float states (B, S) -> what `Agent` returns."""
 
+    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
+        nn.Module.__init__(self)
+        self.nvec = [int(n) for n in nvec]
+        sizes = (sum(self.nvec), 0.01), (1, 1.0)
+        self.policy, self.value = (
+            nn.Sequential(
+                orthogonal(nn.Linear(obs_shape[0], 256), 2**0.5),
+                nn.Tanh(),
+                orthogonal(nn.Linear(256, 256), 2**0.5),
+                nn.Tanh(),
+                orthogonal(nn.Linear(256, size), gain),
+            )
+            for size, gain in sizes
+        )
 
-# --- PPO -------------------------------------------------------------------------------------------
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.policy(obs), self.value(obs).squeeze(-1)
 
 
 def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: float) -> tuple:
@@ -459,6 +391,20 @@ def compute_gae(data: dict[str, Tensor], gamma: float, gae_lambda: float) -> Ten
     return advantages
 
 
+def teacher_kl(teacher_logits: Tensor, logits: Tensor, nvec: list[int]) -> Tensor:
+    """KL(teacher || student), summed over the parts of an action: logits (B, sum(nvec)) each -> (B,).
+
+    On the states that the student visits, and beside PPO's own loss: kickstarting (Schmitt et al. 2018,
+    https://arxiv.org/abs/1803.03835).
+    """
+    pairs = zip(logits.split(nvec, -1), teacher_logits.split(nvec, -1), strict=True)
+    parts = [
+        F.kl_div(mine.log_softmax(-1), its.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        for mine, its in pairs
+    ]
+    return torch.stack(parts).sum(0)
+
+
 def average_over_ranks(tensors: list[Any]) -> None:
     """With torchrun, puts the mean over all processes into each of the tensors, in one message."""
     if dist.is_initialized():
@@ -469,103 +415,104 @@ def average_over_ranks(tensors: list[Any]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
-def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args, rows: int) -> tuple[Tensor, dict]:
-    """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of a minibatch, or of a piece of one.
+@torch.no_grad()
+def refresh_batch_norm(agent: Agent, obs: Tensor, momentum: float, args: Args) -> None:
+    """Moves batch normalization's statistics towards those of as many pictures (B, C, H, W) as a
+    minibatch has, in pieces, each normalized by itself. Between updates only, so that sampling and
+    learning see the same network."""
+    norms: list = [module for module in agent.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+    if not norms:
+        return
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    sums = [torch.zeros_like(torch.stack(pair)) for pair in before]  # of the mean and of the square
+    most = args.num_envs * args.num_steps // args.num_minibatches
+    some = obs[torch.randperm(len(obs))[:most]].to(sums[0].device)
+    for norm in norms:
+        norm.train().momentum = 1.0
+    for piece in some.split(-(-len(some) // args.grad_accum)):
+        agent(piece)
+        for norm, total in zip(norms, sums, strict=True):
+            square = norm.running_var + norm.running_mean**2
+            total += len(piece) / len(some) * torch.stack([norm.running_mean, square])
+    average_over_ranks(sums)
+    for norm, (old_mean, old_variance), (mean, square) in zip(norms, before, sums, strict=True):
+        norm.running_mean.copy_(old_mean.lerp(mean, momentum))
+        norm.running_var.copy_(old_variance.lerp((square - mean**2).clamp(min=0.0), momentum))
+    agent.eval()
 
-    batch: obs (B, C, H, W), state (N, S), starts (B,), actions (B, A), logprobs, advantages (normalized),
-    returns (B,). rows: of the whole minibatch, so that the losses of its pieces add up. Returns the loss and
-    detached scalars that add up likewise. KL: (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
+
+def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
+    """Every picture (B, C, H, W) moved by up to `pad` pixels, its edges repeated."""
+    padded = F.pad(obs.float(), (pad,) * 4, mode="replicate").to(obs.dtype)
+    windows = padded.unfold(2, obs.shape[2], 1).unfold(3, obs.shape[3], 1)  # (B, C, y, x, H, W)
+    down, right = torch.randint(2 * pad + 1, (2, len(obs)), device=obs.device)
+    return windows[torch.arange(len(obs), device=obs.device), :, down, right]
+
+
+def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict]:
+    """The clipped surrogate objective (Schulman et al. 2017, eqs. 7 and 9) of one minibatch, and scalars.
+
+    batch: obs (B, C, H, W), actions (B, A), logprobs, advantages (normalized), returns (B,).
+    KL: (r - 1) - log r (http://joschu.net/blog/kl-approx.html).
     """
-    logits, values, _ = agent(batch["obs"], batch["state"], batch["starts"])
+    logits, values = agent(batch["obs"])
     logprobs, entropy = evaluate_actions(logits, batch["actions"], agent.nvec, agent.epsilon)
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     advantages = batch["advantages"]
-    policy_loss = torch.max(-advantages * ratio, -advantages * clipped).sum() / rows
-    value_loss = 0.5 * ((values - batch["returns"]) ** 2).sum() / rows
-    loss = policy_loss - args.ent_coef * entropy.sum() / rows + args.vf_coef * value_loss
-    scalars = {
+    policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+    value_loss = 0.5 * ((values - batch["returns"]) ** 2).mean()
+    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
+    scalars = {}
+    if agent.teaching:
+        scalars["losses/teacher_kl"] = teacher_kl(batch["teacher_logits"], logits, agent.nvec).mean()
+        loss = loss + agent.teaching * scalars["losses/teacher_kl"]
+    if args.augment == "shift":  # DrAC (Raileanu et al. 2021, https://arxiv.org/abs/2006.12862)
+        shifted_logits, shifted_values = agent(random_shift(batch["obs"]))
+        divergence = teacher_kl(logits.detach(), shifted_logits, agent.nvec)
+        value_error = (shifted_values - values.detach()) ** 2
+        scalars["losses/augment_loss"] = (divergence + args.vf_coef * value_error).mean()
+        loss = loss + args.augment_coef * scalars["losses/augment_loss"]
+    scalars |= {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
-        "losses/entropy": entropy.sum() / rows,
-        "losses/approx_kl": ((ratio - 1) - logratio).sum() / rows,
-        "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().sum() / rows,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": ((ratio - 1) - logratio).mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         "losses/ratio_error": (ratio - 1).abs().max(),
     }
-    if args.augment == "shift":  # as DrAC does (Raileanu et al. 2021, https://arxiv.org/abs/2006.12862)
-        shifted = random_shift(batch["obs"], len(batch["state"]))
-        shifted_logits, shifted_values, _ = agent(shifted, batch["state"], batch["starts"])
-        divergence = sum(
-            F.kl_div(there.log_softmax(-1), here.detach().log_softmax(-1), reduction="sum", log_target=True)
-            for here, there in zip(logits.split(agent.nvec, -1), shifted_logits.split(agent.nvec, -1), strict=True)
-        )
-        value_error = ((shifted_values - values.detach()) ** 2).sum()
-        scalars["losses/augment_loss"] = (divergence + args.vf_coef * value_error) / rows
-        loss = loss + args.augment_coef * scalars["losses/augment_loss"]
     return loss, {name: scalar.detach() for name, scalar in scalars.items()}
 
 
-def random_shift(obs: Tensor, shifts: int, pad: int = 4) -> Tensor:
-    """Every picture of a batch (B, C, H, W), moved by up to `pad` pixels, its edges repeated (Yarats et al. 2021).
+def ppo_update(agent: Agent, optimizer: Any, scaler: Any, batch: dict, args: Args) -> dict:
+    """All passes over one iteration's data; batch: B rows of what `ppo_loss` takes, and values.
 
-    `shifts` of them are drawn, and taken in turn: with an LSTM a game's pictures all move alike.
+    Then moves batch normalization's statistics. scaler: torch's, for float16.
+    Returns the means of its scalars (ratio_error: of the first minibatch, where it shows how far
+    sampling and learning disagree about the same network), and explained_variance.
     """
-    height, width = obs.shape[-2:]
-    padded = F.pad(obs.float(), (pad,) * 4, mode="replicate").to(obs.dtype)
-    drawn = torch.randint(0, 2 * pad + 1, (2, shifts, 1, 1), device=obs.device)
-    down, right = drawn.repeat(1, len(obs) // shifts, 1, 1)
-    rows = (down + torch.arange(height, device=obs.device)[:, None]).expand(-1, -1, width)
-    columns = (right + torch.arange(width, device=obs.device)).expand(-1, height, -1)
-    index = (rows * padded.shape[-1] + columns)[:, None].expand(-1, obs.shape[1], -1, -1)
-    return padded.flatten(2).gather(2, index.flatten(2)).view_as(obs)
-
-
-def pick(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some rows of a batch (T, N, ...), flat. rows: indices into T N decisions, with an LSTM into N games."""
-    tensors, state = {key: value for key, value in batch.items() if key != "state"}, batch["state"]
-    if state.shape[-1]:
-        return {key: value[:, rows].flatten(0, 1) for key, value in tensors.items()} | {"state": state[rows]}
-    chosen = {key: value.flatten(0, 1)[rows] for key, value in tensors.items()}
-    return chosen | {"state": state.new_zeros(len(rows), 0)}
-
-
-def minibatch_gradient(agent: Agent, batch: dict[str, Tensor], rows: Tensor, args: Args, scaler: Any) -> dict:
-    """Adds up the gradient of one minibatch, piece by piece; scaler: torch's, for float16. Returns its scalars."""
-    sums: dict[str, Tensor] = {}
-    advantages = pick({name: batch[name] for name in ("advantages", "state")}, rows)["advantages"]
-    mean, deviation = advantages.mean(), (advantages - advantages.mean()).std() + 1e-8
-    for piece in rows.tensor_split(args.grad_accum):
-        part = pick(batch, piece)
-        part["advantages"] = (part["advantages"] - mean) / deviation
-        loss, scalars = ppo_loss(agent, part, args, len(advantages))
-        scaler.scale(loss).backward()
-        for key, value in scalars.items():
-            together = torch.maximum if key == "losses/ratio_error" else torch.add
-            sums[key] = together(sums[key], value) if key in sums else value
-    return sums
-
-
-def ppo_update(agent: Agent, optimizer: Any, scaler: Any, batch: dict[str, Tensor], args: Args) -> dict[str, float]:
-    """All passes over one iteration's data; batch: (T, N, ...) each, as in `ppo_loss`, and state (N, S).
-
-    Returns the scalars of `ppo_loss` averaged over the minibatches (ratio_error: of the first, where it
-    shows how far sampling and learning disagree about the same network), and explained_variance.
-    """
-    units = batch["returns"].shape[1] if agent.state_size else batch["returns"].numel()
+    size = len(batch["returns"])
     history: list[dict[str, Tensor]] = []
     for _ in range(args.epochs):
-        for rows in torch.randperm(units).to(batch["returns"].device).split(units // args.num_minibatches):
+        shuffled = torch.randperm(size).to(batch["returns"].device)
+        for rows in shuffled.split(size // args.num_minibatches):
+            minibatch = {name: batch[name][rows] for name in batch}
+            advantages = minibatch["advantages"] - minibatch["advantages"].mean()
+            minibatch["advantages"] = advantages / (advantages.std() + 1e-8)
             optimizer.zero_grad()
-            scalars = minibatch_gradient(agent, batch, rows, args, scaler)
-            history.append(scalars)
+            for piece in torch.arange(len(rows)).split(-(-len(rows) // args.grad_accum)):
+                loss, scalars = ppo_loss(agent, {name: minibatch[name][piece] for name in batch}, args)
+                history.append(scalars)
+                scaler.scale(loss * len(piece) / len(rows)).backward()
             average_over_ranks([parameter.grad for parameter in agent.parameters()])
             scaler.unscale_(optimizer)
             finite = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).isfinite()
-            if not finite and scaler.get_scale() <= 1:  # above, float16 overflows now and then: no step is taken
+            if not finite and scaler.get_scale() <= 1:  # above, float16 overflows at times
                 raise RunError("No finite gradient: look at --reward, or lower --learning-rate.")
             scaler.step(optimizer)
             scaler.update()
+    refresh_batch_norm(agent, batch["obs"], 0.1, args)
     metrics = {name: torch.stack([row[name] for row in history]).mean().item() for name in scalars}
     metrics["losses/ratio_error"] = history[0]["losses/ratio_error"].item()
     unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(1e-8)
@@ -592,12 +539,19 @@ def ec418_actions(action: list[int], speed: float, speeds: Sequence[float]) -> d
     return {"steer": float(right) - left, **buttons, **govern(25.0 if fast else 5.0, speed)}
 
 
+def deepracer_actions(action: list[int], speed: float, speeds: Sequence[float]) -> dict[str, Any]:
+    """DeepRacer's: one of seven angles, 30 degrees left to 30 right, with one of the speeds."""
+    angle, pace = divmod(action[0], len(speeds))
+    steer = (-30, -20, -10, 0, 10, 20, 30)[angle] / 30
+    return {"steer": steer, "pace": speeds[pace] / max(speeds), **govern(speeds[pace], speed)}
+
+
 def tuxkart_actions(action: list[int], speed: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """tuxkart-ai's: acceleration, brake, steer, fire, drift, nitro, and the rescue where there is one."""
-    acceleration, brake, steer, *buttons = action
-    pressed = dict(zip(("fire", "drift", "nitro", "rescue"), map(bool, buttons), strict=False))
-    pedals = {"acceleration": float(acceleration), "brake": bool(brake), "pace": float(acceleration)}
-    return {"steer": steer - 1.0, **pedals, **pressed}
+    """tuxkart-ai's: acceleration, brake, steer, fire, drift, nitro, and maybe the rescue."""
+    gas, brake, steer, *buttons = action
+    pressed = zip(("fire", "drift", "nitro", "rescue"), map(bool, buttons), strict=False)
+    pedals = {"acceleration": float(gas), "brake": bool(brake), "pace": float(gas)}
+    return {"steer": steer - 1.0, **pedals, **dict(pressed)}
 
 
 # How many choices each part of an action has, given the number of speeds, and what the game is told:
@@ -605,6 +559,7 @@ def tuxkart_actions(action: list[int], speed: float, speeds: Sequence[float]) ->
 ACTIONS: dict[str, tuple[Callable, Callable]] = {
     "drive": (lambda speeds: [5, 3, 2, 2], drive_actions),
     "ec418": (lambda speeds: [16], ec418_actions),
+    "deepracer": (lambda speeds: [7 * speeds], deepracer_actions),
     "tuxkart": (lambda speeds: [2, 2, 3, 2, 2, 2], tuxkart_actions),
     "tuxkart_rescue": (lambda speeds: [2, 2, 3, 2, 2, 2, 2], tuxkart_actions),
 }
@@ -636,15 +591,28 @@ def progress_reward(moment: Moment) -> float:
     return 0.1 * moment.gain - 0.5 * moment.seconds + 25.0 * moment.finished - 3.0 * moment.failed
 
 
+def centerline_reward(moment: Moment) -> float:
+    """DeepRacer's "follow the center line"."""
+    share = abs(moment.offset) / moment.width
+    return 1.0 if share <= 0.1 else 0.5 if share <= 0.25 else 0.1 if share <= 0.5 else 1e-3
+
+
 def tuxkart_reward(moment: Moment) -> float:
-    """tuxkart-ai's shaped sum. It paid for every step with a powerup or a drift; this pays when one begins, and for a
-    drift once the game does: tapping the key brings nothing."""
+    """tuxkart-ai's shaped sum. What it paid for every step of pays once, when it begins."""
     prices = {"powerup": 3.0, "use": 1.0, "nitro": 3.0, "drift": 3.0, "jump": -3.0, "rescue": -5.0}
-    return moment.gain + 10.0 * moment.finished + 5.0 * moment.places + sum(prices[event] for event in moment.events)
+    events = sum(prices[event] for event in moment.events)
+    return moment.gain + 10.0 * moment.finished + 5.0 * moment.places + events
 
 
 REWARDS: dict[str, Callable[[Moment], float]] = {
     "progress": progress_reward,
+    "centerline": centerline_reward,
+    # DeepRacer's "stay inside the two borders" and "prevent zig-zag"
+    "borders": lambda m: 1.0 if 0.5 * m.width - abs(m.offset) >= 0.05 else 1e-3,
+    "zigzag": lambda m: centerline_reward(m) * (0.8 if abs(m.steering) > 15 else 1.0),
+    # DeepRacer's examples for the heading and for the speed: half below 1 m/s of its 4
+    "heading": lambda m: 0.5 if abs(m.heading) > 10 else 1.0,
+    "speed": lambda m: 1e-3 if abs(m.offset) > 0.5 * m.width else 0.5 if m.pace < 0.25 else 1.0,
     # EC418's metres within 6 m of the middle, without its cap of 5 m/s and its pay for standing
     "ec418": lambda m: 0.1 * max(m.gain, 0.0) * (abs(m.offset) < 6),
     "tuxkart": tuxkart_reward,
@@ -670,6 +638,8 @@ def parse_reward(parts: Iterable[str]) -> dict[str, float]:
 ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # PyPI's "pystk" is another
 LAP_SECONDS = 150.0  # time limit of a lap, in game time
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
+AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres ahead that a state tells of
+ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
 
 
 @functools.cache
@@ -691,6 +661,22 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
     return game, sorted(tracks - {"overworld", "tutorial"})
 
 
+def private_home(engine: str) -> dict[str, str]:
+    """Variables that keep what an engine writes apart from the player's own game: pystk2 would reset its saves."""
+    if "SUPERTUXKART_SAVEDIR" in os.environ:
+        return {}
+    home = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
+    home.mkdir(exist_ok=True)
+    if engine == "pystk2":  # it looks for its assets below XDG_CACHE_HOME
+        assets = Path(importlib.import_module("platformdirs").user_cache_dir("PySuperTuxKart2", "bpiwowar"))
+        assets.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another process has just done it
+            (home / assets.name).unlink(missing_ok=True)
+            (home / assets.name).symlink_to(assets)
+    names = ("SUPERTUXKART_SAVEDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
+    return dict.fromkeys(names, str(home))
+
+
 class TrackGeometry:
     """The track's centre line in segments, and where points lie along it; in metres and radians.
 
@@ -704,6 +690,20 @@ class TrackGeometry:
         self.length = float(length)
         self.vectors = self.nodes[:, 1] - self.nodes[:, 0]
         self.headings = np.arctan2(self.vectors[:, 0], self.vectors[:, 2])
+
+        ring = [0]  # the segments of a lap: a branch that leaves it is not the road ahead
+        while len(ring) == len(set(ring)):
+            ring.append(int(((self.nodes[:, 0] - self.nodes[ring[-1], 1]) ** 2).sum(-1).argmin()))
+        rounds = np.array([*ring[:-1], *ring[:-1]])
+        self.milestones = self.distances[rounds, 0]
+        self.milestones[len(ring) - 1 :] += self.length
+        self.milestones = np.maximum.accumulate(self.milestones)
+        self.road = np.column_stack([self.nodes[rounds, 0], self.widths[rounds]])
+
+    def ahead(self, distance: float) -> np.ndarray:
+        """The middle of the road, x, y, z, and its width, at AHEAD's metres beyond a distance: (11, 4)."""
+        columns = [np.interp(distance + AHEAD, self.milestones, column) for column in self.road.T]
+        return np.stack(columns, -1)
 
     def gain(self, before: float, after: Any) -> Any:
         """Metres from one distance down the track to another, in [-length/2, length/2)."""
@@ -747,7 +747,8 @@ class TuxKartEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
-    started: tuple | None = None  # which game this process has begun
+    started: tuple | None = None  # the process that has begun a game, and which
+    playing: Any = None  # the environment whose race it is
     events: tuple[str, ...] = ()  # what began with the last decision, where a subclass tells
     finishes: tuple[str, ...] = ("finished", "line")  # the ends that are good ones
 
@@ -762,7 +763,10 @@ class TuxKartEnv(gym.Env):
         self.speed_cap = self.game.speed_cap
         choices, self.controls = ACTIONS[self.game.actions]
         shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
-        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        pixels = gym.spaces.Box(0, 255, shape, np.uint8)
+        state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
+        both = gym.spaces.Dict({"obs": pixels, "state": state})
+        self.observation_space = {"pixels": pixels, "state": state, "both": both}[self.game.observe]
         self.action_space = gym.spaces.MultiDiscrete(choices(len(self.game.speeds)))
         self.picture = np.zeros((3, *shape[1:]), np.uint8)
         self.race: Any = None
@@ -771,8 +775,12 @@ class TuxKartEnv(gym.Env):
         """Starts the game, once in a process."""
         game = self.game
         alone = game.num_karts == 1
-        wanted = (self.versions["engine"], game.width, game.height, game.driver, alone)
-        if TuxKartEnv.started not in (None, wanted):
+        self.drawn = game.driver == "agent" and game.observe != "state"
+        wanted = (self.versions["engine"], game.width, game.height, self.drawn, alone)
+        process, begun = TuxKartEnv.started or (os.getpid(), wanted)
+        if process != os.getpid():
+            raise RuntimeError("This process was forked from one that plays: fork before, or spawn it.")
+        if begun != wanted:
             raise RuntimeError("A process runs one game of one size: use AsyncVectorEnv.")
         # Mesa filters anisotropically in a loop, up to 71 s a frame; its threads gain nothing.
         hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
@@ -791,13 +799,14 @@ class TuxKartEnv(gym.Env):
             os.dup2(1, 2)
         self.stk = importlib.import_module(self.versions["engine"])
         if not TuxKartEnv.started:
-            graphics = getattr(self.stk.GraphicsConfig, "none" if game.driver == "ai" else "ld")()
+            graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
             graphics.screen_width = game.width
             graphics.screen_height = game.height
-            self.stk.init(graphics)
+            with mock.patch.dict(os.environ, private_home(self.versions["engine"])):
+                self.stk.init(graphics)
             atexit.register(self.stk.clean)
-        atexit.register(self.close)  # before the engine is cleaned up
-        TuxKartEnv.started = wanted
+            atexit.register(lambda: TuxKartEnv.playing and TuxKartEnv.playing.close())  # before it
+        TuxKartEnv.started = (os.getpid(), wanted)
         self.world = self.stk.WorldState()
         # Wind and the like move with the wall clock, and no two races would look alike.
         library = ctypes.CDLL(self.stk.__file__)
@@ -808,7 +817,8 @@ class TuxKartEnv(gym.Env):
 
     def load_track(self) -> None:
         """Loads the track; everything in the game is new after it, the camera too."""
-        self.close()  # the engine allows one race at a time
+        if TuxKartEnv.playing:  # the engine allows one race at a time
+            TuxKartEnv.playing.close()
         config = self.stk.RaceConfig(track=self.track, num_kart=self.game.num_karts)
         for name in ("laps", "reverse", "difficulty", "step_size"):
             setattr(config, name, getattr(self.game, name))
@@ -822,9 +832,17 @@ class TuxKartEnv(gym.Env):
             seed_or_clock(0)
         self.race = self.stk.Race(config)
         self.race.start()
+        TuxKartEnv.playing = self
         road = self.stk.Track()
         road.update()
         self.geometry = TrackGeometry(road.path_nodes, road.path_width, road.path_distance, road.length)
+        self.world.update()
+        self.items = []  # of each kind: distances down the track, rising, and locations
+        for kinds in ITEMS:
+            points = [item.location for item in self.world.items if item.type.name in kinds]
+            places = sorted((self.geometry.locate(p, 0.0)[0], *map(float, p)) for p in points)
+            after_line = [(distance + road.length, *point) for distance, *point in places[:2]]
+            self.items.append(np.array([*places, *after_line, *[(math.inf, 0, 0, 0)] * 2]))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)
@@ -871,14 +889,16 @@ class TuxKartEnv(gym.Env):
             if abs(self.kart.location[1] - middle[1]) < 2:  # else it fell through the road
                 break
 
-        self.along = self.geometry.locate(self.kart.location, self.along)[0]
+        self.spot = self.geometry.locate(self.kart.location, self.along)
+        self.along = self.spot[0]
         to_line = -self.along % self.geometry.length  # most tracks' start is before the line
         laps = self.game.laps - 1 + (self.from_line and to_line < self.geometry.length / 2)
         self.distance = to_line + laps * self.geometry.length
         slowest = 2 * self.distance / (self.speed_cap or math.inf)
         self.limit = max(LAP_SECONDS * self.game.laps, slowest) if self.from_line else 30.0
         self.started_at = self.best_at = self.world.time
-        self.progress = self.best = self.speed = self.off_track_seconds = 0.0
+        self.progress = self.best = self.speed = self.off_track_seconds = self.drifted = 0.0
+        self.held: dict[str, Any] = dict.fromkeys(("steer", "acceleration", "brake", "drift", "nitro"), 0)
         self.returns = dict.fromkeys(self.weights, 0.0)
         self.trail: list[tuple[float, ...]] = []  # (clock, x, y, z, speed) after every decision
         self.frames = np.repeat(self.picture[None], self.game.frame_stack, 0)  # (K, 3, H, W)
@@ -894,13 +914,16 @@ class TuxKartEnv(gym.Env):
         self.advance(seconds)
 
     def step(self, action: Iterable[int]) -> tuple[np.ndarray, float, bool, bool, dict]:
+        if self.race is None:
+            raise RuntimeError("No race is on, or another environment has taken the game: call reset().")
         before = self.world.time
         place = self.place
         controls = self.drive([int(choice) for choice in action])
         now = self.world.time
         self.frames = np.concatenate([self.frames[1:], self.picture[None]])
 
-        along, offset, heading, width = self.geometry.locate(self.kart.location, self.along)
+        self.spot = self.geometry.locate(self.kart.location, self.along)
+        along, offset, heading, width = self.spot
         gain = min(self.geometry.gain(self.along, along), 60 * self.game.step_size)  # metres
         if self.kart.finish_time > 0:  # the gains of every race sum to the same
             gain = self.distance - self.progress
@@ -980,6 +1003,8 @@ class TuxKartEnv(gym.Env):
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
         self.advance(self.game.step_size, self.stk.Action(**told))
+        self.held = controls
+        self.drifted = controls["drift"] * (self.drifted + self.game.step_size)
         return controls
 
     def advance(self, seconds: float, action: Any = None) -> None:
@@ -997,11 +1022,74 @@ class TuxKartEnv(gym.Env):
         self.place = 1 + sum(rank > ranks[mine] for rank in ranks)
         ahead = np.array(self.kart.front) - np.array(self.kart.location)
         self.heading = math.atan2(ahead[0], ahead[2])  # radians from +z towards +x
-        if self.game.driver == "agent":  # a view: the next step draws over it
+        if self.drawn:  # a view: the next step draws over it
             self.picture = np.asarray(self.race.render_data[0].image).transpose(2, 0, 1)
 
-    def observation(self) -> np.ndarray:
-        return self.frames.reshape(self.observation_space.shape)
+    def state(self) -> np.ndarray:
+        """What a teacher sees, the same from both engines, float32 (S,); right, forward and up are positive.
+
+        0, 1    sine and cosine of the angle from the road's heading to the kart's
+        2, 3    offset from the middle of the road: half widths, and 10 m
+        4       width of the road, 20 m
+        5 to 7  velocity forward, to the right and up, 20, 10 and 10 m/s
+        8, 9    slope that it stands on, sine; 1 in the air
+        10      time since it made progress, 4 s
+        11      time for which drift was held, s: after a second there is a boost when it is released
+        12, 13  steering and nitro of the last decision
+        14-57   at each of AHEAD's metres the middle of the road: to the right, then forward, then up, as a
+                share of these metres; then the width of the road, 20 m
+        58-65   the next two items of each of ITEMS' kinds, taken or not: to the right, 10 m, then forward,
+                50 m; 0 and 2 where none is nearer than 100 m
+
+        Not in it, because pystk tells nothing about it: nitro in the tank, charge of the skid, zippers. Nor
+        is the place on the track, so that one network can drive many.
+        """
+        kart = self.kart
+        along, offset, road_heading, width = self.spot
+        x, y, z = kart.location
+        sine, cosine = math.sin(self.heading), math.cos(self.heading)
+        east, up, north = kart.velocity
+        nose = kart.front[1] - y
+        numbers = [
+            math.sin(self.heading - road_heading),
+            math.cos(self.heading - road_heading),
+            2 * offset / width,
+            offset / 10,
+            width / 20,
+            (east * sine + north * cosine) / 20,
+            (east * cosine - north * sine) / 10,
+            up / 10,
+            nose,
+            kart.jumping,
+            (self.world.time - self.best_at) / 4,
+            self.drifted,
+            self.held["steer"],
+            self.held["nitro"],
+        ]
+        road = self.geometry.ahead(along)
+        firsts = [np.searchsorted(places[:, 0], along) for places in self.items]
+        items = np.concatenate([p[first : first + 2] for p, first in zip(self.items, firsts, strict=True)])
+        near = items[:, 0] < along + 100
+        points = np.concatenate([road[:, :3], items[:, 1:]]) - (x, y, z)
+        right = points[:, 0] * cosine - points[:, 2] * sine
+        forward = points[:, 0] * sine + points[:, 2] * cosine
+        split = len(AHEAD)
+        parts = (
+            numbers,
+            right[:split] / AHEAD,
+            forward[:split] / AHEAD,
+            points[:split, 1] / AHEAD,
+            road[:, 3] / 20,
+            np.where(near, right[split:] / 10, 0),
+            np.where(near, forward[split:] / 50, 2),
+        )
+        return np.concatenate(parts, dtype=np.float32)
+
+    def observation(self) -> Any:
+        pixels = self.frames.reshape(-1, *self.frames.shape[2:])
+        if self.game.observe == "pixels":
+            return pixels
+        return self.state() if self.game.observe == "state" else {"obs": pixels, "state": self.state()}
 
     def render(self) -> np.ndarray:
         return self.picture.transpose(1, 2, 0).copy()
@@ -1009,20 +1097,20 @@ class TuxKartEnv(gym.Env):
     def close(self) -> None:
         if self.race is not None:
             self.race.stop()
+            TuxKartEnv.playing = None
         self.race = None
 
 
-# A longer drift, never slower than that (m/s), earns a boost (kart_characteristics.xml); the next has to wait
+# A drift that is longer, never slower (m/s), earns a boost (kart_characteristics.xml); then a pause
 BOOST_SECONDS, BOOST_SPEED, BOOST_PAUSE = 1.0, 10.0, 0.7
 
 
 class PictureEnv(TuxKartEnv):
-    """TuxKartEnv with what tuxkart-ai's networks see, its events, moving finish and bursts of random actions.
+    """TuxKartEnv with tuxkart-ai's pictures and events, a moving finish, bursts of random actions.
 
-    Observation: uint8 (C, height, width); with color "gray" one channel a picture (ITU-R BT.601), and with
-    `info_picture` one more in front: four bands of rows, from the top nitro, place in the race, powerup,
-    attachment (pystk does not tell the nitro: black). `finish_line` is the share of the race after which an
-    episode from the start line ends as finished ones do. Races have neither bursts nor another finish.
+    Gray pictures (ITU-R BT.601) have a channel each. The information picture is four bands of rows:
+    nitro (pystk does not tell it: black), place, powerup, attachment. `finish_line`: the share of a
+    race after which episodes from the start line end as if finished.
     """
 
     finishes = ("finished", "line", "finish line")
@@ -1031,33 +1119,44 @@ class PictureEnv(TuxKartEnv):
         super().__init__(*args, **settings)
         self.finish_line = 1.0
         channels = self.game.frame_stack * (3 if self.game.color == "rgb" else 1) + self.game.info_picture
-        shape = (channels, self.game.height, self.game.width)
-        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        pixels = gym.spaces.Box(0, 255, (channels, *self.picture.shape[1:]), np.uint8)
+        if self.game.observe == "pixels":
+            self.observation_space = pixels
+        elif self.game.observe == "both":
+            self.observation_space["obs"] = pixels
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-        self.burst, self.going_on, self.drifts, self.drift_from = 0, set[str](), False, 0.0
+        self.burst = 0
+        self.going_on: set[str] = set()
+        self.drifts = False
+        self.drift_from = 0.0
         self.finish_line = (options or {}).get("finish_line", self.finish_line)
         return super().reset(seed=seed, options=options)
 
-    def observation(self) -> np.ndarray:
-        if self.game.color == "rgb":
-            return super().observation()
-        pictures = np.einsum("kchw,c->khw", self.frames, [0.299, 0.587, 0.114]).round().astype(np.uint8)
-        if not self.game.info_picture:
-            return pictures
+    def observation(self) -> Any:
+        shown = super().observation()
+        if self.game.observe == "state" or self.game.color == "rgb":
+            return shown
+        pixels = np.einsum("kchw,c->khw", self.frames, [0.299, 0.587, 0.114]).round().astype(np.uint8)
+        if self.game.info_picture:
+            pixels = np.concatenate([self.information()[None], pixels])
+        return pixels if self.game.observe == "pixels" else shown | {"obs": pixels}
+
+    def information(self) -> np.ndarray:
         powerup, attachment = self.kart.powerup.type, self.kart.attachment.type
-        shares = [getattr(self.kart, "energy", 0.0) / 20]  # a tank holds 20
-        shares += [(self.place - 1) / self.game.num_karts, powerup.value / 10]
-        shares.append(0.0 if attachment.name == "NOTHING" else (attachment.value + 1) / 10)
-        bands = np.repeat(shares, [len(rows) for rows in np.array_split(np.arange(self.game.height), 4)])
-        info = np.repeat((255 * bands).round().astype(np.uint8)[:, None], self.game.width, 1)
-        return np.concatenate([info[None], pictures])
+        nitro = getattr(self.kart, "energy", 0.0) / 20  # a tank holds 20
+        place = (self.place - 1) / self.game.num_karts
+        attached = 0.0 if attachment.name == "NOTHING" else (attachment.value + 1) / 10
+        shares = (nitro, place, powerup.value / 10, attached)
+        picture = np.zeros((self.game.height, self.game.width), np.uint8)
+        for rows, share in zip(np.array_split(picture, 4), shares, strict=True):
+            rows[:] = round(255 * share)
+        return picture
 
     def drive(self, action: list[int]) -> dict[str, Any]:
-        game = self.game
-        if game.random_action_prob and not self.in_race:
-            if not self.burst and self.np_random.random() < game.random_action_prob:
-                self.burst = game.random_action_steps
+        if self.game.random_action_prob and not self.in_race:
+            if not self.burst and self.np_random.random() < self.game.random_action_prob:
+                self.burst = self.game.random_action_steps
             if self.burst:
                 action = self.np_random.integers(self.action_space.nvec).tolist()
             self.burst = max(self.burst - 1, 0)
@@ -1069,8 +1168,9 @@ class PictureEnv(TuxKartEnv):
 
     def going_on_now(self, controls: dict[str, Any]) -> set[str]:
         """What `tuxkart_reward` pays for, when it begins."""
-        kart, clock, nitro = self.kart, self.world.time, ("NITRO_BIG", "NITRO_SMALL")
-        items = [item.location for item in self.world.items if item.type.name in nitro]
+        kart = self.kart
+        clock = self.world.time
+        nitro = [item.location for item in self.world.items if item.type.name in ITEMS[0]]
         drifts = bool(controls.get("drift")) and math.hypot(*kart.velocity) >= BOOST_SPEED
         if not drifts:
             self.drift_from = max(self.drift_from, clock + BOOST_PAUSE * self.drifts)
@@ -1078,7 +1178,7 @@ class PictureEnv(TuxKartEnv):
         going_on = {
             "powerup": kart.powerup.type.name != "NOTHING",
             "jump": kart.jumping,
-            "nitro": any(math.dist(item, kart.location) < 2 for item in items),
+            "nitro": any(math.dist(item, kart.location) < 2 for item in nitro),
             "rescue": controls.get("rescue", False),
             "drift": clock - self.drift_from > BOOST_SECONDS,
             "use": controls.get("fire", False) and "powerup" in self.going_on,
@@ -1108,10 +1208,10 @@ def make_env(args: Args, track: str, **changes: Any) -> TuxKartEnv:
     return PictureEnv(track, **(settings | changes))
 
 
-def make_envs(args: Args, count: int, first: int = 0) -> Any:
+def make_envs(args: Args, count: int, first: int = 0, **changes: Any) -> Any:
     """Games that play in step, each in a process of its own; they take the tracks in turn."""
     tracks = [args.track[i % len(args.track)] for i in range(first, first + count)]
-    makers = [functools.partial(make_env, args, track) for track in tracks]
+    makers = [functools.partial(make_env, args, track, **changes) for track in tracks]
     return gym.vector.AsyncVectorEnv(makers, copy=False, autoreset_mode="SameStep")
 
 
@@ -1123,62 +1223,63 @@ def end_games(envs: Any) -> None:
         envs.closed = True
 
 
-def reset_games(envs: Any, agent: Agent, seeds: Sequence[int], options: Any = None) -> tuple:
-    """Begins episodes. Returns where N games stand: pictures (N, C, H, W), the agent's state, starts (N,)."""
+def reset_games(envs: Any, seeds: Sequence[int], options: Any = None) -> dict[str, np.ndarray]:
+    """Begins episodes. Returns what N games show: "obs" (N, ...), and "state" where a teacher sees it."""
     envs.reset_async(list(seeds), options)
     obs, _ = envs.reset_wait(10 * SILENCE)  # a busy machine takes long to load a track
-    device = next(agent.parameters()).device
-    state = torch.zeros(len(obs), agent.state_size, device=device)
-    return obs, state, torch.ones(len(obs), dtype=torch.bool, device=device)
+    return obs if isinstance(obs, dict) else {"obs": obs}
 
 
 @torch.no_grad()
-def rollout(envs: Any, agent: Agent, now: tuple, num_steps: int, greedy: bool = False) -> tuple:
-    """Plays T = num_steps decisions in each of N games. now: where they stand (`reset_games`).
+def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool = False) -> tuple:
+    """Plays T = num_steps decisions in each of N games. shown: what they show now (`reset_games`).
 
-    Returns a dict of tensors (T, N, ...), where they stand then, and infos of episodes that ended.
+    Returns a dict of tensors (T, N, ...), what they show then, and infos of episodes that ended.
     """
-    obs, state, starts = now
-    device = starts.device
+    device = next(agent.parameters()).device
     epsilon = 0.0 if greedy else agent.epsilon
-    all_obs = torch.zeros((num_steps, *obs.shape), dtype=torch.uint8, device=device)
-    steps, cut_off, episodes = [], [], []
+    history = {
+        name: torch.zeros((num_steps, *view.shape), dtype=torch.from_numpy(view).dtype, device=device)
+        for name, view in shown.items()
+    }
+    steps, episodes, cut_off = [], [], []
     for t in range(num_steps):
-        all_obs[t] = torch.from_numpy(obs)
-        step = {"starts": starts}
-        logits, step["values"], state = agent(all_obs[t], state, starts)
+        for name, view in shown.items():
+            history[name][t] = torch.from_numpy(view)
+        step = {}
+        logits, step["values"] = agent(history["obs"][t])
         step["actions"] = choose_actions(logits, agent.nvec, epsilon, greedy)
         step["logprobs"], _ = evaluate_actions(logits, step["actions"], agent.nvec, epsilon)
         envs.step_async(step["actions"].cpu().numpy())
         obs, rewards, terminations, truncations, infos = envs.step_wait(SILENCE)
+        shown = obs if isinstance(obs, dict) else {"obs": obs}
         step["rewards"] = torch.from_numpy(rewards).float().to(device)
         step["terminations"] = torch.from_numpy(terminations).to(device)
-        step["dones"] = starts = torch.from_numpy(terminations | truncations).to(device)
+        step["dones"] = torch.from_numpy(terminations | truncations).to(device)
         steps.append(step)
         for i in np.flatnonzero(terminations | truncations).tolist():
             info = {name: column.tolist()[i] for name, column in infos["final_info"].items()}
             episodes.append(info | {"game": i})
             if truncations[i]:
-                cut_off.append((t, i, infos["final_obs"][i], state[i : i + 1]))
-    data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    data["obs"] = all_obs
-    last_values = agent(torch.from_numpy(obs).to(device), state, starts)[1]
+                last = infos["final_obs"][i]
+                cut_off.append((t, i, last["obs"] if isinstance(last, dict) else last))
+    data = history | {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    last_values = agent(torch.from_numpy(shown["obs"]).to(device))[1]
     data["next_values"] = torch.cat([data["values"][1:], last_values[None]])
-    for t, i, picture, memory in cut_off:  # V of its own last picture, not of the next episode's
-        picture = torch.from_numpy(picture)[None].to(device)
-        data["next_values"][t, i] = agent(picture, memory, torch.zeros_like(starts[:1]))[1][0]
-    return data, (obs, state, starts), episodes
+    for t, i, last in cut_off:  # V of what it showed last, not of the next episode's first
+        data["next_values"][t, i] = agent(torch.from_numpy(last)[None].to(device))[1][0]
+    return data, shown, episodes
 
 
 def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
-    """A race a game. Returns their infos, with seed, actions (T, A) and pictures, uint8 (T, 3, H, W)."""
-    now = reset_games(envs, agent, seeds, {"race": True, "tracks": tracks})
+    """A race a game. Returns their infos, with seed, actions (T, A) and obs (T, ...)."""
+    shown = reset_games(envs, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
     pieces = []
     races: dict[int, dict] = {}
     while len(races) < len(seeds):
-        data, now, episodes = rollout(envs, agent, now, 20, greedy)
+        data, shown, episodes = rollout(envs, agent, shown, 20, greedy)
         pieces.append(data)
         for info in episodes:
             races.setdefault(info["game"], info)  # what a game plays after its race does not count
@@ -1186,7 +1287,7 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
         steps = len(info["trail"])
         info["seed"] = seeds[i]
         info["actions"] = torch.cat([data["actions"][:, i] for data in pieces])[:steps].cpu()
-        info["pictures"] = torch.cat([data["obs"][:, i, -3:] for data in pieces])[:steps].cpu()
+        info["obs"] = torch.cat([data["obs"][:, i] for data in pieces])[:steps].cpu()
     return [races[i] for i in range(len(seeds))]
 
 
@@ -1248,8 +1349,10 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
     figure.colorbar(dots, label="m/s")
     figure.savefig(folder / "map.png")
 
+    if races[0]["obs"].ndim < 4:  # nothing was drawn
+        return
     columns = math.ceil(min(len(races), 16) ** 0.5)
-    film = nn.utils.rnn.pad_sequence([run["pictures"] for run in races[:16]])  # (T, races, 3, H, W)
+    film = nn.utils.rnn.pad_sequence([run["obs"][:, -3:] for run in races[:16]])  # (T, races, 3, H, W)
     missing = film.new_zeros(len(film), -film.shape[1] % columns, *film.shape[2:])
     film = torch.cat([film, missing], 1).unflatten(1, (-1, columns))  # (T, rows, columns, 3, H, W)
     film = film.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # (T, rows * H, columns * W, 3)
@@ -1259,7 +1362,7 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
 
 def film_race(args: Args, run: dict, path: Path) -> None:
     """Drives a race again, from its seed and actions, and films it: 640 x 480, three pictures a decision."""
-    env = make_env(args, run["track"], width=640, height=480, frame_stack=1)
+    env = make_env(args, run["track"], width=640, height=480, observe="pixels")
     env.reset(seed=run["seed"], options={"race": True})
     advance = env.advance
     with imageio.get_writer(path, fps=3 / args.step_size, macro_block_size=2) as film:
@@ -1318,51 +1421,32 @@ def evaluate(args: Args, checkpoint: dict) -> None:
     print(f"written to {folder}/: evaluation.json, map.png, mosaic.mp4, best_race.mp4")
 
 
-def memory_needs(args: Args, agent: Agent, obs_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Bytes of the rollout's pictures, of a minibatch's activations and gradients, and of weights and Adam."""
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.extend(output if isinstance(output, tuple) else [output])
-
-    meta = copy.deepcopy(agent).to("meta")  # shapes without numbers
-    for module in meta.modules():
-        if not list(module.children()):
-            module.register_forward_hook(keep)
-    steps = args.num_steps if agent.state_size else 1  # an LSTM learns from whole games
-    units = args.num_envs * args.num_steps // steps // args.num_minibatches
-    units = -(-units // args.grad_accum)  # in the largest piece of a minibatch
-    rows = units * steps
-    obs = torch.zeros(rows, *obs_shape, dtype=torch.uint8, device="meta")
-    meta(obs, torch.zeros(units, agent.state_size, device="meta"), torch.zeros(rows, device="meta").bool())
-    passes = 1 if args.augment == "none" else 2
-    activations = passes * (8 * sum(output.numel() for output in outputs) + 4 * obs.numel())
-    weights = sum(parameter.numel() for parameter in agent.parameters())
-    return args.num_envs * args.num_steps * math.prod(obs_shape), activations, 16 * weights
-
-
 def summarize_network(args: Args) -> None:
-    """Prints the network's layers as torchinfo does, and the memory that a run will need."""
-    env: Any = make_env(args, args.track[0])
-    with torch.device("meta"):  # shapes without numbers
-        agent = Agent(env.observation_space.shape, env.action_space.nvec, args)
-        rows = torch.zeros(1, *env.observation_space.shape, dtype=torch.uint8)
-        data = [rows, torch.zeros(1, agent.state_size), torch.zeros(1, dtype=torch.bool)]
-        print(torchinfo.summary(agent, input_data=data, depth=4, device="meta", verbose=0))
-    sizes = [f"{size / 2**20:.0f} MB" for size in memory_needs(args, agent, env.observation_space.shape)]
-    print(f"a run needs {sizes[0]} for its pictures, about {sizes[1]} for a minibatch, {sizes[2]} for weights and Adam")
+    """Prints the network's layers, and the memory that a minibatch, or a piece of it, takes."""
+    space: Any = make_env(args, args.track[0]).observation_space
+    rows = -(-args.num_envs * args.num_steps // args.num_minibatches // args.grad_accum)
+    obs = torch.from_numpy(np.zeros((rows, *space.shape), space.dtype))
+    agent = make_agent(args, None).to("meta")  # shapes without numbers
+    summary = torchinfo.summary(agent, input_data=obs.to("meta"), depth=4, device="meta", verbose=0)
+    print(summary)
+    observations = args.num_envs * args.num_steps * obs[0].nbytes
+    print(f"An iteration's observations (MB): {observations / 1e6:.2f}")
+    print(f"Weights, gradients, Adam (MB): {4 * summary.total_param_bytes / 1e6:.2f}")
 
 
 # --- Learning -------------------------------------------------------------------------------------
 
-FRESH_GAMES = 16  # iterations after which all games begin afresh and last.pt is written
+TEACHER_STEPS = 400_000  # decisions that a teacher learns from
+TEACHING = 400_000  # decisions over which a teacher's weight falls from one to zero
+FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations after which all games begin afresh and last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
 
 
 def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     """The network on its device, with a checkpoint's weights if one is given. Raises UsageError."""
-    env = make_env(args, args.track[0])
-    agent = Agent(env.observation_space.shape, env.action_space.nvec, args)
+    env, *_ = [make_env(args, track) for track in args.track]  # each is checked
+    network = StateAgent if args.observe == "state" else functools.partial(Agent, args=args)
+    agent = network(env.observation_space.shape, env.action_space.nvec)
     try:
         agent.load_state_dict(checkpoint["agent"] if checkpoint else agent.state_dict())
     except (KeyError, RuntimeError) as error:
@@ -1385,7 +1469,8 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
-        return checkpoint | {"args": Args(**settings)}  # without what only older scripts could set
+        settings = {"teacher": ("none",)} | settings  # older scripts had none, and other settings
+        return checkpoint | {"args": Args(**settings)}
     except UsageError:  # settings that it cannot have been saved with by this script
         raise
     except FileNotFoundError:
@@ -1408,14 +1493,15 @@ def next_lesson(lesson: dict, passed: bool, agent: Agent) -> dict:
     return lesson | {"cap": lesson["passed"] + increment, "increment": increment}
 
 
-def move_finish(run: dict, episodes: list[dict], games: dict) -> None:
-    """Moves the finish line on by a twentieth of the lap when 70% of the last 32 episodes reached it."""
+def move_finish(run: dict, episodes: list[dict], games: dict) -> float:
+    """The finish line's share of the race, 0.05 more once 23 of 32 episodes reached it."""
     reached = [episode["end"] in PictureEnv.finishes for episode in episodes if episode["from_line"]]
     run["reached"] = [*run["reached"], *reached][-32:]
-    if len(run["reached"]) == 32 and np.mean(run["reached"]) > 0.7:
+    if run["finish_line"] < 1 and sum(run["reached"]) >= 23:
         run["finish_line"] = min(run["finish_line"] + 0.05, 1.0)
         run["reached"] = []
-        games["now"] = None  # an episode is driven to one line
+        games["shown"] = None  # an episode is driven to one line
+    return run["finish_line"]
 
 
 def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) -> tuple[bool, list]:
@@ -1435,7 +1521,7 @@ def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) ->
 
 
 def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str, Tensor], list[dict]]:
-    """A rollout of all games, in new ones if one is lost. games: "envs", and "now", where they stand.
+    """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown" last.
 
     Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there is
     the run that never stopped. Raises RunError.
@@ -1445,54 +1531,85 @@ def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str,
     seed = args.seed * 1_000_000 + number * args.num_envs
     for attempt in range(PATIENCE):
         try:
-            if not games["now"] or run["iteration"] % FRESH_GAMES == 0:
+            if not games["shown"] or run["iteration"] % FRESH_GAMES[args.observe] == 0:
                 torch.manual_seed(seed + attempt)
-                games["envs"] = games["envs"] or make_envs(args, args.num_envs, first=rank * args.num_envs)
+                observe = args.observe if args.teacher == ("none",) else "both"
+                games["envs"] = games["envs"] or make_envs(
+                    args, args.num_envs, first=rank * args.num_envs, observe=observe
+                )
                 options = {"speed_cap": run["lesson"]["cap"], "finish_line": run["finish_line"]}
                 seeds = range(seed, seed + args.num_envs)
-                games["now"] = reset_games(games["envs"], agent, seeds, options)
+                games["shown"] = reset_games(games["envs"], seeds, options)
             if run["iteration"] == 0 and not args.init_from:
-                pictures = torch.from_numpy(games["now"][0])
-                refresh_batch_norm(agent, pictures, 1.0, len(pictures), args.grad_accum)
-            state = games["now"][1]
-            data, games["now"], episodes = rollout(games["envs"], agent, games["now"], args.num_steps)
-            return data | {"state": state}, episodes
+                refresh_batch_norm(agent, torch.from_numpy(games["shown"]["obs"]), 1.0, args)
+            data, games["shown"], episodes = rollout(games["envs"], agent, games["shown"], args.num_steps)
+            return data, episodes
         except LOST_GAME:
             end_games(games["envs"])
-            games.update(envs=None, now=None)
+            games.update(envs=None, shown=None)
             run["lost_games"] += 1
     raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
 
 
-def train(args: Args, checkpoint: dict | None) -> None:
-    """Learns, from the start or from a run's last.pt; writes runs/<name>/."""
+def snapshot(args: Args, agent: Agent, optimizer: Any, run: dict) -> dict:
+    """A copy of all that a run goes on from."""
+    settings = vars(args) | {"speed_cap": run["lesson"]["cap"], "resume": None, "init_from": None}
+    state = {"args": settings, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    return copy.deepcopy(state | run)
+
+
+def load_teachers(args: Args) -> list[Agent]:
+    """Networks that learnt the same actions with --observe state. Raises UsageError."""
+    teachers = []
+    for path in args.teacher if args.teacher not in (("learn",), ("none",)) else ():
+        checkpoint = load_checkpoint(Path(path))
+        theirs = checkpoint["args"]
+        if (theirs.observe, theirs.actions, theirs.speeds) != ("state", args.actions, args.speeds):
+            raise UsageError(f"{path} teaches no such actions: learn it with --observe state --actions {args.actions}")
+        teachers.append(make_agent(theirs, checkpoint))
+    return teachers
+
+
+@torch.no_grad()
+def ask_teachers(teachers: list[Agent], state: Tensor, first: int) -> Tensor:
+    """Logits (T, N, ...) of the teachers, of which the games have one each in turn, for their states (T, N, S)."""
+    advice = [teachers[(first + i) % len(teachers)](state[:, i])[0] for i in range(state.shape[1])]
+    return torch.stack(advice, 1)
+
+
+def train(args: Args, folder: Path) -> Agent:
+    """Learns, from nothing or from the last.pt of a run's folder, which it writes. Returns the network."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    checkpoint = load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
     torch.manual_seed(args.seed)
     agent = make_agent(args, checkpoint or (args.init_from and load_checkpoint(args.init_from)))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    teachers = load_teachers(args)
     lesson = {"cap": args.speed_cap, "passed": None, "increment": args.speed_curriculum}
     run: dict[str, Any] = {"iteration": 0, "best": [], "lesson": lesson, "recent": [], "lost_games": 0}
-    run.update(finish_line=0.1 if args.moving_finish else 1.0, reached=[])
     scaler = torch.amp.GradScaler(next(agent.parameters()).device.type, enabled=args.amp == "fp16")
+    run |= {"finish_line": 0.1 if args.moving_finish else 1.0, "reached": [], "scaler": scaler.state_dict()}
     if checkpoint:
-        scaler.load_state_dict(checkpoint["scaler"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         run = {name: checkpoint[name] for name in run}
+        scaler.load_state_dict(run["scaler"])
     batch_size = args.num_envs * args.num_steps * world
     num_iterations = max(args.total_timesteps // batch_size, 1)
     step = run["iteration"] * batch_size
-    name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = args.resume or Path("runs", name)
-    if rank == 0 and not checkpoint and folder.exists():
-        raise UsageError(f"There is a run {folder}: type another --name, or --resume {folder}")
     writer: Any = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     if writer:
         writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
-    games: dict[str, Any] = {"envs": None, "now": None}
-    last: dict = {}  # the last whole iteration, for last.pt
+    bar.set_description("teacher" if args.observe == "state" else None)
+    games: dict[str, Any] = {"envs": None, "shown": None}
+    last = snapshot(args, agent, optimizer, run)  # the last whole iteration
     saved_at = time.time()
+    if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
+        if writer and not checkpoint:
+            save(last, folder / "last.pt")
+        steps = min(args.total_timesteps, TEACHER_STEPS)
+        teachers = [train(dataclasses.replace(args, observe="state", total_timesteps=steps), folder / "teacher")]
     try:
         while run["iteration"] < num_iterations:
             # Anneal: the step size and the exploration fall linearly to zero
@@ -1500,19 +1617,24 @@ def train(args: Args, checkpoint: dict | None) -> None:
             left = 1 - run["iteration"] / num_iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             agent.epsilon = args.epsilon * left
+            agent.teaching = max(0.0, 1 - step / TEACHING) if teachers else 0.0
 
             # Collect num_steps decisions in every game
             data, episodes = collect(args, agent, run, games)
             collected = time.time()
+
+            # Ask the teacher what it would do in every state that the student came to
+            if agent.teaching:
+                data["teacher_logits"] = ask_teachers(teachers, data["state"], rank * args.num_envs)
 
             # Advantages: what an action brought beyond what the critic expected
             data["advantages"] = compute_gae(data, args.gamma, args.gae_lambda)
             data["returns"] = data["advantages"] + data["values"]
 
             # Learn: some passes in minibatches, on which the clipped objective stays near the old
-            metrics = ppo_update(agent, optimizer, scaler, data, args)
-            some = args.num_envs * args.num_steps // args.num_minibatches
-            refresh_batch_norm(agent, data["obs"].flatten(0, 1), 0.1, some, args.grad_accum)
+            batch = {name: values.flatten(0, 1) for name, values in data.items()}
+            metrics = ppo_update(agent, optimizer, scaler, batch, args)
+            run["scaler"] = scaler.state_dict()
             metrics["charts/update_seconds"] = time.time() - collected
             run["iteration"] += 1
             step += batch_size
@@ -1523,33 +1645,30 @@ def train(args: Args, checkpoint: dict | None) -> None:
                 summary = summarize(run["recent"])
                 metrics.update({f"charts/{key}": x for key, x in summary.items() if isinstance(x, float)})
                 metrics["charts/finished"] = summary["finished"] / summary["races"]
-            if args.moving_finish:
-                move_finish(run, episodes, games)
-                metrics["charts/finish_line"] = run["finish_line"]
+            metrics["charts/finish_line"] = move_finish(run, episodes, games)
             cap = run["lesson"]["cap"]
-            settings = vars(args) | {"speed_cap": cap, "resume": None, "init_from": None}
-            weights = {"args": settings, "agent": agent.state_dict()}
             last_one = run["iteration"] == num_iterations
             due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
             passed, score = exam(args, agent, cap, writer, step) if due and writer else (False, [])
             if score > run["best"]:
                 run["best"] = score
-                save(weights | run, folder / "best.pt")
+                save(snapshot(args, agent, optimizer, run) | {"optimizer": None}, folder / "best.pt")
             if due and args.speed_curriculum:
                 verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
                 average_over_ranks([verdict])
                 run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
-                games["now"] = None  # an episode is driven below one cap
+                games["shown"] = None  # an episode is driven below one cap
 
             # Save: scalars of every iteration, and now and then what a run goes on from
+            metrics["charts/teaching"] = agent.teaching
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["charts/SPS"] = batch_size / (time.time() - started)
             metrics["charts/lost_games"] = run["lost_games"]
             metrics["charts/speed_cap"] = cap or math.inf
             for key, value in metrics.items() if writer else ():
                 writer.add_scalar(key, value, step)
-            last = copy.deepcopy(weights | run | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-            fresh = run["iteration"] % FRESH_GAMES == 0
+            last = snapshot(args, agent, optimizer, run)
+            fresh = run["iteration"] % FRESH_GAMES[args.observe] == 0
             if writer and (fresh or time.time() - saved_at > SAVE_SECONDS):
                 save(last, folder / "last.pt")
                 saved_at = time.time()
@@ -1560,37 +1679,79 @@ def train(args: Args, checkpoint: dict | None) -> None:
     finally:  # however it ends: nothing is lost, and no process stays
         bar.close()
         end_games(games["envs"])
-        if writer and last:
+        if writer:
             writer.close()
             save(last, folder / "last.pt")
-            print(f"saved: type --resume {folder} to go on, --evaluate {folder}/last.pt to race it")
+    return agent
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: by its affinity, its container's quota and OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
+    """A run's folder, new or resumed, while no other process may write it; says how to go on. Raises UsageError."""
+    quoted = shlex.quote(str(folder))
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=resumed)
+        lock.acquire()
+    except FileExistsError:
+        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
+    except filelock.Timeout:
+        raise UsageError(f"{folder} belongs to a run that goes on: stop that first, or type another --name.") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): start it in another folder.") from error
+    try:
+        yield folder
+    finally:
+        if (folder / "last.pt").exists():
+            print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
+        lock.release()
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they end a run by an exception: it saves
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # a run then saves
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: learning takes half the time
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    torch.set_num_threads(usable_cores())
     try:
-        paths = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        paths.add_argument("--resume", type=lambda folder: Path(folder, "last.pt"))
-        paths.add_argument("--evaluate", type=Path)
-        typed, _ = paths.parse_known_args()
-        path = typed.evaluate or typed.resume
-        checkpoint = load_checkpoint(path) if path else None
-        saved = {"default": checkpoint["args"]} if checkpoint else {}
-        args = tyro.cli(Args, description=__doc__, **saved)
+        args = tyro.cli(Args, description=__doc__)
+        if args.resume and args.resume.is_file():
+            args.resume = args.resume.parent
+        folder = args.resume
+        path = args.evaluate or (folder and folder / "last.pt")
+        if path:  # its settings hold but for those typed
+            checkpoint = load_checkpoint(path)
+            args = tyro.cli(Args, description=__doc__, default=checkpoint["args"])
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if not dist.is_torchelastic_launched():
+                raise UsageError("WORLD_SIZE is set, but not by torchrun: type unset WORLD_SIZE")
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if args.summary:
             summarize_network(args)
-        elif args.evaluate:
+            return
+        if args.evaluate:
             for track in args.track:
                 evaluate(dataclasses.replace(args, track=(track,)), checkpoint)
-        else:
-            train(args, checkpoint)
+            return
+        name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        make_agent(args, args.init_from and load_checkpoint(args.init_from))  # what is wrong is said before
+        load_teachers(args)  # anything is written
+        with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+            train(args, folder)
     except (UsageError, RunError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
