@@ -1,6 +1,7 @@
-"""ppo_tuxkart_resnet.py: its networks against the seeds' tables, what PPO needs of them, and tuxkart-ai's game."""
+"""The deep networks against the seeds' tables, what PPO needs of them, the LSTM's memory, and tuxkart-ai's game."""
 
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import in_own_process, metrics, run, slow
 from torch import nn
 
+import ppo_tuxkart_lstm as recurrent
 import ppo_tuxkart_resnet as deep
 from ppo_tuxkart_resnet import ACTIONS, Agent, Args, Moment, PictureEnv, ppo_loss, ppo_update, refresh_batch_norm
 
@@ -35,8 +37,7 @@ def rows_of(agent, modules, obs_shape):
         module.register_forward_hook(
             lambda module, inputs, output: rows.append((tuple(output.shape[1:]), count(module)))
         )
-    obs = torch.zeros(1, *obs_shape, dtype=torch.uint8, device="meta")
-    agent(obs, torch.zeros(1, 0, device="meta"), torch.ones(1, dtype=torch.bool, device="meta"))
+    agent(torch.zeros(1, *obs_shape, dtype=torch.uint8, device="meta"))
     return rows
 
 
@@ -63,31 +64,23 @@ def test_impala_has_fifteen_layers_and_ec418_two_networks_behind_a_norm():
     torch.testing.assert_close(Agent((6, 64, 64), [5], Args(network="ec418")).trunk(pictures), expected)
 
 
-CASES = [("impala", "stack"), ("impala", "lstm"), ("conv2d", "stack"), ("resnet3d", "stack"), ("ec418", "stack")]
 CHANNELS = {"impala": 4, "conv2d": 8, "resnet3d": 4, "ec418": 8}
 
 
-def rollout(network, memory="stack", steps=8, envs=4, **settings):
-    """A network and a batch (T, N, ...) that it sampled on random pictures, an LSTM's states included."""
+def rollout(network, **settings):
+    """A network and a batch (B, ...) that it sampled on random pictures, a few at a time."""
     torch.manual_seed(0)
-    settings = {"num_envs": envs, "num_steps": steps, "num_minibatches": 2, "epochs": 1} | settings
-    args = Args(network=network, memory=memory, base_channels=CHANNELS[network], total_timesteps=32, **settings)
+    settings = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "epochs": 1} | settings
+    args = Args(network=network, base_channels=CHANNELS[network], total_timesteps=32, **settings)
     channels = args.frame_stack * (3 if args.color == "rgb" else 1) + args.info_picture
     agent = Agent((channels, 64, 64), [5, 3, 2, 2], args)
-    obs = torch.randint(0, 255, (steps, envs, channels, 64, 64), dtype=torch.uint8)
-    refresh_batch_norm(agent, obs.flatten(0, 1), 1.0, 256, 1)
-    starts, state = torch.rand(steps, envs) < 0.3, torch.randn(envs, agent.state_size)
-    batch = {"obs": obs, "starts": starts, "state": state}
-    batch |= {name: torch.randn(steps, envs) for name in ("advantages", "returns")}
-    rows = {"actions": [], "logprobs": [], "values": []}
+    batch = {"obs": torch.randint(0, 255, (32, channels, 64, 64), dtype=torch.uint8)}
+    refresh_batch_norm(agent, batch["obs"], 1.0, args)
     with torch.no_grad():
-        for t in range(steps):
-            logits, values, state = agent(obs[t], state, starts[t])
-            actions = deep.choose_actions(logits, agent.nvec, 0.0)
-            logprobs, _ = deep.evaluate_actions(logits, actions, agent.nvec, 0.0)
-            for name, value in (("actions", actions), ("logprobs", logprobs), ("values", values)):
-                rows[name].append(value)
-    return agent, batch | {name: torch.stack(values) for name, values in rows.items()}, args
+        logits, batch["values"] = map(torch.cat, zip(*map(agent, batch["obs"].split(4)), strict=True))
+    batch["actions"] = deep.choose_actions(logits, agent.nvec, 0.0)
+    batch["logprobs"], _ = deep.evaluate_actions(logits, batch["actions"], agent.nvec, 0.0)
+    return agent, batch | {name: torch.randn(32) for name in ("advantages", "returns")}, args
 
 
 def update(agent, batch, args, optimizer=None, scaler=None):
@@ -98,23 +91,23 @@ def update(agent, batch, args, optimizer=None, scaler=None):
 
 
 def weights_of(agent):
-    return {name: value.clone() for name, value in agent.state_dict().items()}
+    return {name: value.detach().clone() for name, value in agent.named_parameters()}
 
 
-@pytest.mark.parametrize(("network", "memory"), CASES)
-def test_the_first_ratio_is_one_though_the_norms_have_moved(network, memory):
-    agent, batch, args = rollout(network, memory)
-    for rows in torch.arange(4 if memory == "lstm" else 32).split(2):
-        piece = deep.pick(batch, rows)
-        _, scalars = ppo_loss(agent, piece, args, len(piece["returns"]))
+@pytest.mark.parametrize("network", CHANNELS)
+def test_the_first_ratio_is_one_though_the_norms_have_moved(network):
+    agent, batch, args = rollout(network)
+    for rows in torch.arange(32).split(2):
+        _, scalars = ppo_loss(agent, {name: batch[name][rows] for name in batch}, args)
         assert scalars["losses/ratio_error"] < 2e-6
 
 
-@pytest.mark.parametrize(("network", "memory"), CASES)
-def test_pieces_of_a_minibatch_add_up_to_its_gradient(network, memory):
+@pytest.mark.parametrize("network", CHANNELS)
+def test_pieces_of_a_minibatch_add_up_to_its_gradient(network):
     results = []
     for pieces in (1, 2):
-        agent, batch, args = rollout(network, memory, grad_accum=pieces)
+        agent, batch, args = rollout(network, num_minibatches=1)
+        args.grad_accum = pieces
         before = weights_of(agent)
         results.append((update(agent, batch, args), weights_of(agent)))
     (scalars, ours), (others, theirs) = results
@@ -124,10 +117,9 @@ def test_pieces_of_a_minibatch_add_up_to_its_gradient(network, memory):
     assert scalars == pytest.approx(others, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("memory", ["stack", "lstm"])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_keeps_the_ratio_near_one_and_the_gradient_finite(amp, memory):
-    agent, batch, args = rollout("impala", memory, amp=amp)
+def test_half_precision_keeps_the_ratio_near_one_and_the_gradient_finite(amp):
+    agent, batch, args = rollout("impala", amp=amp)
     before = weights_of(agent)
     scaler = torch.amp.GradScaler("cpu", enabled=amp == "fp16", init_scale=256.0)
     scalars = update(agent, batch, args, torch.optim.Adam(agent.parameters(), lr=1e-3), scaler)
@@ -137,40 +129,60 @@ def test_half_precision_keeps_the_ratio_near_one_and_the_gradient_finite(amp, me
     assert any(not torch.equal(after[name], before[name]) for name in after)
 
 
-def test_an_lstm_forgets_at_the_start_of_an_episode():
-    agent, batch, _ = rollout("impala", "lstm")
-    obs, state = batch["obs"][0], batch["state"]
-    fresh = agent(obs, torch.zeros_like(state), torch.zeros(4, dtype=torch.bool))
-    again, kept = (agent(obs, state, torch.full((4,), start)) for start in (True, False))
-    for ours, theirs in zip(again, fresh, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert not torch.allclose(kept[1], fresh[1])
+def test_an_lstm_remembers_its_episode_and_no_other():
+    """Each game again by itself, on random pictures: what it knows outlasts a rollout, but no episode."""
+    torch.manual_seed(0)
+    obs, last_obs = np.random.default_rng(0).integers(0, 256, (2, 13, 4, 3, 64, 64)).astype(np.uint8)
+    chance, rewards = np.random.default_rng(0).random((2, 12, 4))
+    infos = [{"final_info": {"end": chance[t]}, "final_obs": last_obs[t]} for t in range(12)]
+    steps = zip(obs[1:], rewards, chance < 0.2, chance > 0.7, infos, strict=True)
+    games = mock.Mock(reset_wait=lambda _: (obs[0], {}), step_wait=lambda _: next(steps))
+    agent = recurrent.Agent((3, 64, 64), [5, 3])
+    assert count(agent.lstm) == 4 * 256 * (512 + 256 + 2) and count(agent) == 1_391_529
+    shown = recurrent.reset_games(games, range(4))
+    first, shown, _ = recurrent.rollout(games, agent, shown, 6)
+    second, _, _ = recurrent.rollout(games, agent, shown, 6)
+    data = {name: torch.cat([first[name], second[name]]) for name in first}
+    cut_off, going_on = data["dones"] & ~data["terminations"], ~data["dones"][:-1]
+    assert cut_off.sum() > 3 and data["terminations"].sum() > 3
+    torch.testing.assert_close(data["next_values"][:-1][going_on], data["values"][1:][going_on])
+    for i in range(4):
+        memory, starts = torch.zeros(1, 512), torch.tensor([False])
+        for t in range(12):
+            with torch.no_grad():
+                _, value, memory = agent(data["obs"][t, i : i + 1], memory, starts)
+                _, last_value, _ = agent(torch.from_numpy(last_obs[t, i : i + 1]), memory, starts)
+            torch.testing.assert_close(data["values"][t, i], value[0])
+            if cut_off[t, i]:
+                torch.testing.assert_close(data["next_values"][t, i], last_value[0])
+            memory = memory * ~data["dones"][t, i]
+    args = recurrent.Args(num_envs=4, num_steps=6, num_minibatches=2)
+    batch = second | {name: torch.randn(6, 4) for name in ("advantages", "returns")}
+    metrics = recurrent.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args)
+    assert metrics["losses/ratio_error"] < 2e-6 < metrics["losses/approx_kl"]  # in the first minibatch, in all
 
 
 def test_norms_that_see_pieces_find_what_they_find_in_one():
     obs = torch.randint(0, 255, (12, 3, 64, 64), dtype=torch.uint8) // torch.arange(1, 13).view(12, 1, 1, 1)
-    found, seen = [], []
+    found = []
     for pieces in (1, 4):
-        agent = Agent((3, 64, 64), [5], Args(network="ec418", base_channels=4, frame_stack=1))
-        refresh_batch_norm(agent, obs, 1.0, 12, pieces)
-        refresh_batch_norm(agent, obs // 2, 0.25, 12, pieces)
+        args = Args(network="ec418", base_channels=4, frame_stack=1, num_envs=12, num_steps=1, num_minibatches=1)
+        args.grad_accum = pieces
+        agent = Agent((3, 64, 64), [5], args)
+        refresh_batch_norm(agent, obs, 1.0, args)
+        refresh_batch_norm(agent, obs // 2, 0.25, args)
         norm = agent.policy[0]
         found.append((norm.running_mean.item(), norm.running_var.item()))
     pictures, halves = obs.float().mean(1) / 255, (obs // 2).float().mean(1) / 255
     expected = [0.75 * pictures.mean() + 0.25 * halves.mean(), 0.75 * pictures.var() + 0.25 * halves.var()]
     assert found[0] == pytest.approx([value.item() for value in expected], rel=1e-3)
     assert found[1] == pytest.approx(found[0], rel=1e-3) and not agent.training
-    norm.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    refresh_batch_norm(agent, obs, 0.1, 4, 3)
-    assert seen == [2, 1, 1]  # no more pictures than it may see
 
 
 def test_random_shift_moves_every_picture_by_itself():
     torch.manual_seed(0)
     obs = torch.randint(0, 255, (16, 3, 12, 10), dtype=torch.uint8)
-    alike = deep.random_shift(obs[:4].repeat(3, 1, 1, 1), 4, pad=2)  # three decisions of four games
-    assert torch.equal(alike[:4], alike[4:8]) and torch.equal(alike[:4], alike[8:])
-    shifted = deep.random_shift(obs, 16, pad=2)
+    shifted = deep.random_shift(obs, pad=2)
     padded = np.pad(obs.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
     places = set()
     for before, after in zip(padded, shifted.numpy(), strict=True):
@@ -197,7 +209,7 @@ def test_tuxkart_pays_for_what_begins():
 
 def test_action_sets_have_the_sizes_of_their_sources():
     sizes = {name: sum(choices(3)) for name, (choices, _) in ACTIONS.items()}
-    assert sizes == {"drive": 12, "ec418": 16, "tuxkart": 13, "tuxkart_rescue": 15}
+    assert sizes == {"drive": 12, "ec418": 16, "deepracer": 21, "tuxkart": 13, "tuxkart_rescue": 15}
     controls = ACTIONS["tuxkart_rescue"][1]([1, 0, 2, 1, 0, 1, 1], 5.0, ())
     assert controls == {
         "acceleration": 1.0, "brake": False, "steer": 1.0, "fire": True, "drift": False, "nitro": True,
@@ -253,7 +265,7 @@ def test_a_finish_that_is_near_pays_like_the_finish_and_a_burst_is_random(engine
 
 SIZE = "--num-envs 2 --num-steps 16 --num-minibatches 2 --epochs 1 --total-timesteps 64 --eval-interval 0".split()
 DEEP = {
-    "lstm": "--memory lstm --base-channels 4 --random-action-prob 0.1 --moving-finish --augment shift",
+    "impala": "--base-channels 4 --random-action-prob 0.1 --moving-finish --augment shift",
     "conv2d": "--network conv2d --base-channels 8 --amp bf16 --grad-accum 2 --actions tuxkart --reward tuxkart",
     "resnet3d": "--network resnet3d --base-channels 4 --actions tuxkart_rescue --num-karts 3 --width 48 --height 48",
     "ec418": "--network ec418 --base-channels 8 --actions ec418 --reward ec418 --color gray",

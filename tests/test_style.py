@@ -8,12 +8,20 @@ import pytest
 from conftest import ROOT
 
 TWINS = """
-    UsageError RunError orthogonal evaluate_actions choose_actions compute_gae average_over_ranks
-    govern drive_actions ec418_actions Moment progress_reward parse_reward find_game TrackGeometry TuxKartEnv
-    make_envs end_games reset_games rollout race race_all summarize show_races film_race evaluate
-    save load_checkpoint next_lesson exam
+    UsageError RunError orthogonal StateAgent evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks
+    govern drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
+    private_home TrackGeometry TuxKartEnv make_envs end_games reset_games rollout race race_all summarize show_races
+    film_race evaluate save load_checkpoint next_lesson exam snapshot load_teachers ask_teachers usable_cores
+    hold_folder
 """
-ALL_THREE = "UsageError RunError save load_checkpoint"
+LSTM = """
+    UsageError RunError orthogonal evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks govern
+    drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
+    private_home TrackGeometry TuxKartEnv make_env make_envs end_games race race_all summarize show_races film_race
+    evaluate make_agent save load_checkpoint next_lesson exam collect snapshot load_teachers ask_teachers usable_cores
+    hold_folder main
+"""
+ALL_THREE = "UsageError RunError save"
 
 
 def definitions(script):
@@ -25,8 +33,9 @@ def definitions(script):
 
 @pytest.mark.parametrize("names, scripts", [
     (TWINS, ["ppo_tuxkart", "ppo_tuxkart_resnet"]),
+    (LSTM, ["ppo_tuxkart", "ppo_tuxkart_lstm"]),
     (ALL_THREE, ["ppo_tuxkart", "ppo_tuxkart_resnet", "worldmodel_carracing"]),
-], ids=["twins", "all three"])  # fmt: skip
+], ids=["twins", "lstm", "all three"])  # fmt: skip
 def test_what_scripts_share_is_the_same_to_the_letter(names, scripts):
     first, *others = map(definitions, scripts)
     for other in others:

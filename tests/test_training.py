@@ -43,11 +43,11 @@ def kill(started, folder):
     assert 2 <= iteration(folder) < 8 and iteration(folder) % 2 == 0
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, pytest.param("ppo_tuxkart_lstm", marks=slow)])
 def test_killed_and_resumed_is_the_run_that_never_stopped(script, tmp_path):
     """Killed while its teacher learns and while it learns itself; then number for number, on a CPU."""
     settings, where = (
-        [*SCRIPTS[script], *SMALL, "--seed", 5, "--total-timesteps", 8 * 32],
+        [*SCRIPTS.get(script, ()), *SMALL, "--seed", 5, "--total-timesteps", 8 * 32],
         {"cwd": tmp_path, "script": script},
     )
     teaches = script == "ppo_tuxkart"
