@@ -2,10 +2,10 @@
 
 Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized
 advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih
-et al. 2015), an LSTM. The kart sees one picture; speed and place serve the reward, the
-episode's end, the governor of those actions that ask for a speed, and a teacher: a small network that
-sees the state of the game learns first, fast, since nothing is drawn for it, and the kart then learns
-from its advice and from PPO (Chen et al. 2019, https://arxiv.org/abs/1912.12294; `teacher_kl`).
+et al. 2015), an LSTM. The kart sees one picture and nothing else; speed and place serve the reward, the
+episode's end, the governor of those actions that ask for a speed, and a teacher. That is a small
+network that sees the state of the game and learns first, fast, since nothing is drawn for it; then
+the kart learns from its advice and by PPO (Chen et al. 2019, https://arxiv.org/abs/1912.12294).
 
     python ppo_tuxkart_lstm.py --track scotland                 # learn; all lands in runs/<name>/
     python ppo_tuxkart_lstm.py --track scotland --teacher none  # from pixels alone: PPO only
@@ -52,7 +52,6 @@ import torch.distributed as dist
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -111,7 +110,7 @@ class Args(Game):
     total_timesteps: int = 1_000_000  # decisions to learn from, all games together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
-    teacher: tuple[str, ...] = ("learn",)  # learn: one, first; none; or checkpoints, one for all or one a track
+    teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
     resume: Path | None = None  # run folder to go on with; its settings hold but for those typed
     init_from: Path | None = None  # checkpoint to take the network's weights from, nothing else
     evaluate: Path | None = None  # checkpoint to race, beside the game's own AI; no learning
@@ -141,6 +140,8 @@ class Args(Game):
             raise UsageError("The games do not divide: type another --num-minibatches.")
         if len(self.track) > self.num_envs:
             raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
+        if self.observe == "both":
+            raise UsageError("That is for games with a teacher beside: type --observe pixels.")
         if self.observe == "state":
             self.teacher = ("none",)
         if len(self.teacher) not in (1, len(self.track)):
@@ -178,9 +179,9 @@ UNITS = 256  # of the LSTM
 class Agent(nn.Module):
     """The Nature CNN and an LSTM with a policy head and a value head.
 
-    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an action, and
-    values (B,). The rows are T decisions of N games, the first N the earliest. memory: hidden and cell
-    state (N, 2 UNITS), empty again where an episode begins. starts (B,): where one does.
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an
+    action, and values (B,). The rows are T decisions of N games, the first N the earliest. memory:
+    hidden and cell state (N, 2 UNITS), empty again where an episode begins. starts (B,): where one does.
     """
 
     epsilon = 0.0  # share of uniformly random actions
@@ -261,7 +262,7 @@ def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: 
 
 
 def choose_actions(logits: Tensor, nvec: list[int], epsilon: float, greedy: bool = False) -> Tensor:
-    """Most probable actions, or sampled ones (Gumbel-max): logits (B, sum(nvec)) -> int64 (B, A)."""
+    """Most probable actions, or sampled ones (Gumbel-max): logits (B, sum(nvec)) -> (B, A)."""
     if epsilon:  # flat logits for the rows that act uniformly
         uniform = torch.rand(len(logits), 1, device=logits.device) < epsilon
         logits = torch.where(uniform, 0.0, logits)
@@ -286,17 +287,16 @@ def compute_gae(data: dict[str, Tensor], gamma: float, gae_lambda: float) -> Ten
 
 
 def teacher_kl(teacher_logits: Tensor, logits: Tensor, nvec: list[int]) -> Tensor:
-    """KL(teacher || student), summed over the parts of an action: logits (B, sum(nvec)) each -> (B,).
+    """KL(teacher || student), summed over an action's parts: logits (B, sum(nvec)) each -> (B,).
 
-    On the states that the student visits, and beside PPO's own loss: kickstarting (Schmitt et al. 2018,
+    On the states that the student visits, beside PPO's own loss: kickstarting (Schmitt et al. 2018,
     https://arxiv.org/abs/1803.03835).
     """
-    pairs = zip(logits.split(nvec, -1), teacher_logits.split(nvec, -1), strict=True)
-    parts = [
-        F.kl_div(mine.log_softmax(-1), its.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        for mine, its in pairs
-    ]
-    return torch.stack(parts).sum(0)
+    total = torch.zeros_like(logits[:, 0])
+    for theirs, ours in zip(teacher_logits.split(nvec, -1), logits.split(nvec, -1), strict=True):
+        theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
+        total = total + (theirs.exp() * (theirs - ours)).sum(-1)
+    return total
 
 
 def average_over_ranks(tensors: list[Any]) -> None:
@@ -326,11 +326,7 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor
     policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
     value_loss = 0.5 * ((values - batch["returns"]) ** 2).mean()
     loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
-    scalars = {}
-    if agent.teaching:
-        scalars["losses/teacher_kl"] = teacher_kl(batch["teacher_logits"], logits, agent.nvec).mean()
-        loss = loss + agent.teaching * scalars["losses/teacher_kl"]
-    scalars |= {
+    scalars = {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy.mean(),
@@ -338,6 +334,10 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor
         "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         "losses/ratio_error": (ratio - 1).abs().max(),
     }
+    if agent.teaching:
+        divergence = teacher_kl(batch["teacher_logits"], logits, agent.nvec).mean()
+        loss = loss + agent.teaching * divergence
+        scalars["losses/teacher_kl"] = divergence
     return loss, {name: scalar.detach() for name, scalar in scalars.items()}
 
 
@@ -371,7 +371,7 @@ def ppo_update(agent: Agent, optimizer: Any, batch: dict[str, Tensor], args: Arg
 
 
 def govern(target: float, speed: float) -> dict[str, Any]:
-    """Acceleration and brake that hold a target speed, both in m/s; the brake drives backwards, too."""
+    """Acceleration and brake that hold a target speed, in m/s; the brake drives backwards, too."""
     return {"acceleration": min(max((target - speed) / 2, 0.0), 1.0), "brake": speed > target + 2}
 
 
@@ -396,8 +396,8 @@ def deepracer_actions(action: list[int], speed: float, speeds: Sequence[float]) 
     return {"steer": steer, "pace": speeds[pace] / max(speeds), **govern(speeds[pace], speed)}
 
 
-# How many choices each part of an action has, given the number of speeds, and what the game is told:
-# steer from -1 (left) to 1, pedals and buttons. pace: what was asked for, as a share of the fastest.
+# How many choices each part of an action has, given the number of speeds, and what the game is
+# told: steer from -1 (left) to 1, pedals and buttons. pace: as a share of the fastest choice.
 ACTIONS: dict[str, tuple[Callable, Callable]] = {
     "drive": (lambda speeds: [5, 3, 2, 2], drive_actions),
     "ec418": (lambda speeds: [16], ec418_actions),
@@ -470,8 +470,13 @@ def parse_reward(parts: Iterable[str]) -> dict[str, float]:
 ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # PyPI's "pystk" is another
 LAP_SECONDS = 150.0  # time limit of a lap, in game time
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
-AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres ahead that a state tells of
+AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
+
+
+def find_pystk2_assets() -> Path:
+    """Where pystk2 has its assets; it fetches them at its first start, if install.sh has not laid them out."""
+    return Path(importlib.import_module("platformdirs").user_cache_dir("PySuperTuxKart2", "bpiwowar"), "1.5")
 
 
 @functools.cache
@@ -483,9 +488,8 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
         raise UsageError(f"The engine {engine} is not installed: type ./install.sh")
     if found[0] == "pystk":
         root = Path(importlib.import_module("pystk_data").data_dir)
-    else:  # it fetches the assets at its first start, unless install.sh has laid them out
-        cache_dir = importlib.import_module("platformdirs").user_cache_dir
-        root = Path(cache_dir("PySuperTuxKart2", "bpiwowar"), "1.5")
+    else:
+        root = find_pystk2_assets()
     assets = min((file.name[13:] for file in root.glob("data/supertuxkart.[0-9]*")), default="")
     tracks = {file.parent.name for file in root.glob("data/tracks/*/quads.xml")}
     version = installed[ENGINES[found[0]]]
@@ -494,19 +498,19 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
 
 
 def private_home(engine: str) -> dict[str, str]:
-    """Variables that keep what an engine writes apart from the player's own game: pystk2 would reset its saves."""
+    """Variables that keep what an engine writes out of the home: pystk2 resets a player's saves."""
     if "SUPERTUXKART_SAVEDIR" in os.environ:
         return {}
     home = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
     home.mkdir(exist_ok=True)
     if engine == "pystk2":  # it looks for its assets below XDG_CACHE_HOME
-        assets = Path(importlib.import_module("platformdirs").user_cache_dir("PySuperTuxKart2", "bpiwowar"))
+        assets = find_pystk2_assets().parent
         assets.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # another process has just done it
             (home / assets.name).unlink(missing_ok=True)
             (home / assets.name).symlink_to(assets)
-    names = ("SUPERTUXKART_SAVEDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
-    return dict.fromkeys(names, str(home))
+    places = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
+    return dict.fromkeys(("SUPERTUXKART_SAVEDIR", *places), str(home))
 
 
 class TrackGeometry:
@@ -533,7 +537,7 @@ class TrackGeometry:
         self.road = np.column_stack([self.nodes[rounds, 0], self.widths[rounds]])
 
     def ahead(self, distance: float) -> np.ndarray:
-        """The middle of the road, x, y, z, and its width, at AHEAD's metres beyond a distance: (11, 4)."""
+        """The middle of the road, x, y, z, and its width, AHEAD's metres beyond a distance: (11, 4)."""
         columns = [np.interp(distance + AHEAD, self.milestones, column) for column in self.road.T]
         return np.stack(columns, -1)
 
@@ -542,11 +546,11 @@ class TrackGeometry:
         return (after - before + self.length / 2) % self.length - self.length / 2
 
     def locate(self, point: Any, along: float) -> tuple[float, float, float, float]:
-        """Distance down the track, offset (right is positive), heading and width of the road at a point (3,).
+        """Distance down the track, offset (right is positive), heading and width of the road at a point.
 
-        Below a bridge, or beside another stretch, the middle of another road can be nearer. So the road
-        `along` metres down, where the kart just was, comes first where the point is on it, then all that
-        it is on, and that one if it is not too far off, then any.
+        Below a bridge, or beside another stretch, the middle of another road can be nearer. So the
+        road `along` metres down, where the kart just was, comes first where the point (3,) is on it,
+        then all that it is on, and that one if it is not too far off, then any.
         """
         relative = np.array(point, np.float64) - self.nodes[:, 0]
         squares = np.maximum((self.vectors**2).sum(-1, keepdims=True), 1e-9)
@@ -667,7 +671,8 @@ class TuxKartEnv(gym.Env):
         TuxKartEnv.playing = self
         road = self.stk.Track()
         road.update()
-        self.geometry = TrackGeometry(road.path_nodes, road.path_width, road.path_distance, road.length)
+        parts = (road.path_nodes, road.path_width, road.path_distance, road.length)
+        self.geometry = TrackGeometry(*parts)
         self.world.update()
         self.items = []  # of each kind: distances down the track, rising, and locations
         for kinds in ITEMS:
@@ -810,7 +815,7 @@ class TuxKartEnv(gym.Env):
         return self.observation(), sum(rewards.values()), terminated, truncated, info
 
     def why_over(self, off_track: float) -> str:
-        """Why the episode is over, or "" if it goes on. off_track: metres beyond the road's edge."""
+        """Why the episode is over, or "" if it goes on. off_track: metres off the road's edge."""
         if self.kart.finish_time > 0:
             return "finished"
         # The game counts no lap that began elsewhere. It ends at the line all the same: to the eye
@@ -921,7 +926,8 @@ class TuxKartEnv(gym.Env):
         pixels = self.frames.reshape(-1, *self.frames.shape[2:])
         if self.game.observe == "pixels":
             return pixels
-        return self.state() if self.game.observe == "state" else {"obs": pixels, "state": self.state()}
+        state = self.state()
+        return state if self.game.observe == "state" else {"obs": pixels, "state": state}
 
     def render(self) -> np.ndarray:
         return self.picture.transpose(1, 2, 0).copy()
@@ -966,7 +972,7 @@ def end_games(envs: Any) -> None:
 
 
 def reset_games(envs: Any, seeds: Sequence[int], options: Any = None) -> dict[str, np.ndarray]:
-    """Begins episodes. Returns what N games show: "obs" (N, ...), and "state" where a teacher sees it; and
+    """Begins episodes. Returns what N games show: "obs" (N, ...), with a teacher "state" (N, S), and
     what `Agent` knows of them: "memory" (N, 2 UNITS), "starts" (N,)."""
     envs.reset_async(list(seeds), options)
     obs, _ = envs.reset_wait(10 * SILENCE)  # a busy machine takes long to load a track
@@ -1165,7 +1171,8 @@ def evaluate(args: Args, checkpoint: dict) -> None:
         times = [summary[key] or math.nan for key in ("median", "best", "off_track_seconds")]
         finished = f"{summary['finished']}/{len(seeds)}"
         print(f"{name:20}{finished:>10}" + "".join(f"{seconds:8.2f} s" for seconds in times))
-    print(f"{result['ratio'] or math.nan:.3f} of the AI's median; faster from {result['faster_than_ai']} starts")
+    faster = result["faster_than_ai"]
+    print(f"{result['ratio'] or math.nan:.3f} of the AI's median; faster from {faster} starts")
     if (greedy["return_lap_correlation"] or 0) > 0:
         print("this reward pays more for slower laps: --reward progress does not")
     filming.join()
@@ -1176,7 +1183,7 @@ def evaluate(args: Args, checkpoint: dict) -> None:
 
 TEACHER_STEPS = 400_000  # decisions that a teacher learns from
 TEACHING = 400_000  # decisions over which a teacher's weight falls from one to zero
-FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations after which all games begin afresh and last.pt is written
+FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
 
 
@@ -1186,9 +1193,12 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     network = StateAgent if args.observe == "state" else Agent
     agent = network(env.observation_space.shape, env.action_space.nvec)
     try:
-        agent.load_state_dict(checkpoint["agent"] if checkpoint else agent.state_dict())
-    except (KeyError, RuntimeError) as error:
-        raise UsageError("Another network: type --actions, --width and the like as it learnt with.") from error
+        if checkpoint:  # weights are taken in order, since names have changed between versions
+            weights = zip(agent.state_dict(), checkpoint["agent"].values(), strict=True)
+            agent.load_state_dict(dict(weights))
+    except (KeyError, RuntimeError, ValueError) as error:
+        hint = "type --actions, --width and the like as it learnt with."
+        raise UsageError(f"Another network: {hint}") from error
     gpu = args.device == "auto" and torch.cuda.is_available()
     return agent.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
 
@@ -1247,11 +1257,11 @@ def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) ->
     return rate == 1, [rate, -median, summary["progress"]]
 
 
-def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict[str, Tensor], list[dict]]:
-    """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown" last.
+def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict, list[dict]]:
+    """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown".
 
-    Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there is
-    the run that never stopped. Raises RunError.
+    Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there
+    is the run that never stopped. Raises RunError.
     """
     rank = int(os.environ.get("RANK", 0))
     number = run["iteration"] * int(os.environ.get("WORLD_SIZE", 1)) + rank
@@ -1290,14 +1300,15 @@ def load_teachers(args: Args) -> list[Agent]:
         checkpoint = load_checkpoint(Path(path))
         theirs = checkpoint["args"]
         if (theirs.observe, theirs.actions, theirs.speeds) != ("state", args.actions, args.speeds):
-            raise UsageError(f"{path} teaches no such actions: learn it with --observe state --actions {args.actions}")
+            flags = f"--observe state --actions {args.actions}"
+            raise UsageError(f"{path} teaches no such actions: learn it with {flags}")
         teachers.append(make_agent(theirs, checkpoint))
     return teachers
 
 
 @torch.no_grad()
 def ask_teachers(teachers: list[Agent], state: Tensor, first: int) -> Tensor:
-    """Logits (T, N, ...) of the teachers, of which the games have one each in turn, for their states (T, N, S)."""
+    """What teachers, of which the games have one each in turn, do in states (T, N, S): logits (T, N, ...)."""
     advice = [teachers[(first + i) % len(teachers)](state[:, i])[0] for i in range(state.shape[1])]
     return torch.stack(advice, 1)
 
@@ -1331,7 +1342,8 @@ def train(args: Args, folder: Path) -> Agent:
         if writer and not checkpoint:
             save(last, folder / "last.pt")
         steps = min(args.total_timesteps, TEACHER_STEPS)
-        teachers = [train(dataclasses.replace(args, observe="state", total_timesteps=steps), folder / "teacher")]
+        theirs = dataclasses.replace(args, observe="state", total_timesteps=steps)
+        teachers = [train(theirs, folder / "teacher")]
     try:
         while run["iteration"] < num_iterations:
             # Anneal: the step size and the exploration fall linearly to zero
@@ -1417,7 +1429,7 @@ def usable_cores() -> int:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
-    """A run's folder, new or resumed, while no other process may write it; says how to go on. Raises UsageError."""
+    """A run's folder while no other process may write it; says then how to go on. Raises UsageError."""
     quoted = shlex.quote(str(folder))
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     if int(os.environ.get("RANK", 0)) > 0:
@@ -1429,9 +1441,10 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
     except FileExistsError:
         raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
     except filelock.Timeout:
-        raise UsageError(f"{folder} belongs to a run that goes on: stop that first, or type another --name.") from None
+        raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}): start it in another folder.") from error
+        hint = "start it in another folder."
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): {hint}") from error
     try:
         yield folder
     finally:
@@ -1441,9 +1454,9 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
 
 
 def main() -> None:
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # a run then saves
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: learning takes half the time
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # a run then saves
+    with contextlib.suppress(OSError, AttributeError):  # keep freed memory: half the time to learn
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
@@ -1466,8 +1479,8 @@ def main() -> None:
                 evaluate(dataclasses.replace(args, track=(track,)), checkpoint)
             return
         name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        make_agent(args, args.init_from and load_checkpoint(args.init_from))  # what is wrong is said before
-        load_teachers(args)  # anything is written
+        make_agent(args, args.init_from and load_checkpoint(args.init_from))
+        load_teachers(args)  # both say what is wrong before anything is written
         with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
             train(args, folder)
     except (UsageError, RunError) as error:
