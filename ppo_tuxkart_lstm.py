@@ -107,7 +107,7 @@ class Args(Game):
     """PPO that drives SuperTuxKart from pixels. `--track scotland` is all it needs."""
 
     track: tuple[str, ...] = ("scotland",)  # track(s) to learn; the games take them in turn
-    total_timesteps: int = 1_000_000  # decisions to learn from, all games together
+    total_timesteps: int = 500_000  # decisions to learn from, all games together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
@@ -485,7 +485,7 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     found = [m for m in ENGINES if ENGINES[m] in installed and engine in ("auto", m)]
     if not found:
-        raise UsageError(f"The engine {engine} is not installed: type ./install.sh")
+        raise UsageError(f"There is no engine {engine}: type ./install.sh, or pip install {ENGINES['pystk2']}")
     if found[0] == "pystk":
         root = Path(importlib.import_module("pystk_data").data_dir)
     else:
@@ -1134,13 +1134,11 @@ def film_race(args: Args, run: dict, path: Path) -> None:
             env.step(action)
 
 
-def evaluate(args: Args, checkpoint: dict) -> None:
+def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
     """Races a checkpoint on a track, greedily and sampled, beside the game's own AI; prints a table
     and writes evaluation.json, map.png, mosaic.mp4 and best_race.mp4."""
     agent = make_agent(args, checkpoint)
     track = args.track[0]
-    folder = Path("runs", f"{Path(args.evaluate).stem}-{track}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True)
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
     races = {
         "greedy": race_all(args, agent, seeds),
@@ -1182,7 +1180,7 @@ def evaluate(args: Args, checkpoint: dict) -> None:
 # --- Learning -------------------------------------------------------------------------------------
 
 TEACHER_STEPS = 400_000  # decisions that a teacher learns from
-TEACHING = 400_000  # decisions over which a teacher's weight falls from one to zero
+TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
 
@@ -1351,7 +1349,7 @@ def train(args: Args, folder: Path) -> Agent:
             left = 1 - run["iteration"] / num_iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             agent.epsilon = args.epsilon * left
-            agent.teaching = max(0.0, 1 - step / TEACHING) if teachers else 0.0
+            agent.teaching = max(0.0, 1 - (1 - left) / TEACHING) if teachers else 0.0
 
             # Collect num_steps decisions in every game
             data, episodes = collect(args, agent, run, games)
@@ -1451,6 +1449,34 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         if (folder / "last.pt").exists():
             print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
         lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+
+
+def start() -> None:
+    """Reads the command line, then races a checkpoint or learns. Raises UsageError, RunError."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume and args.resume.is_file():
+        args.resume = args.resume.parent
+    folder = args.resume
+    now = time.strftime("%Y%m%d-%H%M%S")
+    path = args.evaluate or (folder and folder / "last.pt")
+    if path:  # its settings hold but for those typed
+        checkpoint = load_checkpoint(path)
+        args = tyro.cli(Args, description=__doc__, default=checkpoint["args"])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not dist.is_torchelastic_launched():
+            raise UsageError("WORLD_SIZE is set, but not by torchrun: type unset WORLD_SIZE")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if args.evaluate:
+        for track in args.track:
+            with hold_folder(Path("runs", f"{args.evaluate.stem}-{track}-{now}"), False) as folder:
+                evaluate(dataclasses.replace(args, track=(track,)), checkpoint, folder)
+        return
+    name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{now}"
+    make_agent(args, args.init_from and load_checkpoint(args.init_from))
+    load_teachers(args)  # both say what is wrong before anything is written
+    with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+        train(args, folder)
 
 
 def main() -> None:
@@ -1462,27 +1488,7 @@ def main() -> None:
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     torch.set_num_threads(usable_cores())
     try:
-        args = tyro.cli(Args, description=__doc__)
-        if args.resume and args.resume.is_file():
-            args.resume = args.resume.parent
-        folder = args.resume
-        path = args.evaluate or (folder and folder / "last.pt")
-        if path:  # its settings hold but for those typed
-            checkpoint = load_checkpoint(path)
-            args = tyro.cli(Args, description=__doc__, default=checkpoint["args"])
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            if not dist.is_torchelastic_launched():
-                raise UsageError("WORLD_SIZE is set, but not by torchrun: type unset WORLD_SIZE")
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if args.evaluate:
-            for track in args.track:
-                evaluate(dataclasses.replace(args, track=(track,)), checkpoint)
-            return
-        name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        make_agent(args, args.init_from and load_checkpoint(args.init_from))
-        load_teachers(args)  # both say what is wrong before anything is written
-        with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
-            train(args, folder)
+        start()
     except (UsageError, RunError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
