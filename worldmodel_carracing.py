@@ -1,9 +1,9 @@
-"""World Models learns to drive Gymnasium's CarRacing-v3 from pixels.
+"""World Models (Ha & Schmidhuber 2018, arXiv:1803.10122) learns CarRacing-v3 from pixels.
 
-Ha & Schmidhuber 2018 (https://arxiv.org/abs/1803.10122): a variational autoencoder sees (V), a recurrent network
-with a mixture density output remembers and foretells (M), and a linear controller of 867 weights drives (C), found
-by CMA-ES (Hansen 2016, https://arxiv.org/abs/1604.00772), in M's dream first and then on real tracks. This is
-repeated in rounds: from the second on, V and M see C's own driving.
+A variational autoencoder sees (V), a recurrent network with a mixture density output remembers and
+foretells (M), and a linear controller of 867 weights drives (C), found by CMA-ES (Hansen 2016,
+arXiv:1604.00772), in M's dream first and then on real tracks. This is repeated in rounds: from the
+second on, V and M see C's own driving.
 
     python worldmodel_carracing.py                              # all of it; lands in runs/<name>/
     python worldmodel_carracing.py --quick                      # the same in minutes
@@ -11,20 +11,19 @@ repeated in rounds: from the second on, V and M see C's own driving.
     python worldmodel_carracing.py --evaluate runs/<name>/best.pt
     python worldmodel_carracing.py --dream runs/<name>/best.pt  # a film of the dream beside reality
 
-The first searches for up to 7.4 hours; on two cores an earlier version scored 872 with --hours 1.62.
-Pictures are drawn by FastCarRacing, over Gymnasium's own tracks and physics; scores are played in
-Gymnasium's own CarRacing-v3, untouched.
+The first takes up to 7.4 hours; an earlier version scored 872 with --hours 1.62, on two cores.
 """
 
-import contextlib
-import ctypes
+import copy
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -35,12 +34,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-if multiprocessing.parent_process():  # this is a driving process; Ctrl-C is the main process's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if parent := multiprocessing.parent_process():  # a driving process ends with its parent
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads would spin on the games' cores
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import gymnasium as gym
+import imageio.v2 as imageio
 import numpy as np
 import pygame
 import torch
@@ -49,6 +50,7 @@ import tyro
 from gymnasium.envs.box2d import car_dynamics, car_racing
 from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -65,18 +67,17 @@ class RunError(RuntimeError):
 BOUNDS = {  # the least and the most that may be typed, and for what
     (0, 70): "seed",
     (0, 900_000): "eval_seed",  # beyond are the tracks to learn on
-    (1, 10): "action_repeat",
-    (1, 100_000): "rounds eval_episodes eval_interval workers tracks generations validation_tracks "
-    "dream_starts dream_steps",
+    (1, 100_000): "action_repeat rounds eval_episodes eval_interval workers tracks generations "
+    "validation_tracks dream_starts dream_steps",
     (4, 10_000): "population",
     (60, 1000): "max_frames",
     (100, 10**9): "collect_frames",
     (0, 10**9): "vision_steps memory_steps dream_generations hours",
-    (0, 1): "vision_lr memory_lr",
-    (0, 0.99): "dream_dropout",
+    (0, 0.99): "vision_lr memory_lr dream_dropout",
     (0.01, 10): "temperature",
 }
 Stage = Literal["collect", "vision", "memory", "dream", "real", "evaluate"]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass
@@ -95,7 +96,7 @@ class Args:
     eval_episodes: int = 100  # tracks per evaluation
     eval_seed: int = 1000  # seed of the first evaluation track; the others follow
     eval_interval: int = 10  # generations between the mean controller's validations
-    workers: int | None = None  # driving processes (default: one for each core)
+    workers: int = CORES  # driving processes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn; auto takes a GPU
 
     # Collect, V and M
@@ -124,29 +125,13 @@ class Args:
         for (least, most), names in BOUNDS.items():
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not least <= value <= most:
-                    flag = name.replace("_", "-")
-                    raise UsageError(f"--{flag} is {value}: type a number from {least} to {most}.")
-        if not self.stages:
-            raise UsageError("--stages names none: type some, or leave it out.")
+                if not least <= value <= most:
+                    raise UsageError(f"--{name.replace('_', '-')} is {value}: type a number from {least} to {most}.")
 
 
 QUICK = """--rounds 2 --collect-frames 8000 --vision-steps 300 --vision-lr 0.001 --memory-steps 300
     --population 32 --generations 15 --validation-tracks 16 --dream-generations 10 --dream-steps 100
     --eval-interval 5 --eval-episodes 8"""  # what --quick stands for; what is typed beside it wins
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for --device: auto takes a GPU if there is one. Raises UsageError."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no CUDA device for torch here: type --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 # --- The environment: Gymnasium's physics and tracks, drawn straight at the size that V sees ------
@@ -159,7 +144,7 @@ MAP = 2048  # pixels of a track's map, about as fine as what is drawn of it
 SCALE = MAP / 2 / car_racing.PLAYFIELD  # its pixels a metre
 # beyond the lawn, the lawn, its squares, three shades of road, two of kerb, the car
 NAMES = "black #66cc66 #66e666 #666666 #686868 #6b6b6b white red #cc0000"
-COLOURS: list = [ImageColor.getrgb(name) for name in NAMES.split()]
+COLOURS = [ImageColor.getrgb(name) for name in NAMES.split()]
 BLACK, LAWN, SQUARES, ROAD, CAR = 0, 1, 2, 3, 8  # places in it
 METRE = car_dynamics.SIZE  # of the car's parts, a bit smaller since what Pillow draws has a border
 X, Y = 0.7 * METRE * car_dynamics.WHEEL_W, 0.7 * METRE * car_dynamics.WHEEL_R
@@ -181,19 +166,11 @@ def on_map(polygon: Any) -> list[float]:
 
 
 class FastCarRacing(car_racing.CarRacing):
-    """Gymnasium's CarRacing, whose observation is drawn at once as V sees it: uint8 (64, 64, 3).
-
-    Tracks, physics, rewards and ends are Gymnasium's own code; only the picture is taken anew, many
-    times faster, from a map drawn once a track, within a mean of 1 level of 255 of `shrink` of Gymnasium's.
-    `reset(options={"place": x})` starts at the share x of the track. While `blind`, nothing is drawn.
-    """
-
-    place, blind = 0.0, False
-    car: Any  # Gymnasium hints that it and the road may be None, as they are before the first reset
-    road: Any
+    """Gymnasium's CarRacing, drawn at once as V sees it, uint8 (64, 64, 3): many times faster, from a
+    map drawn once a track, within a mean of 1 level of 255 of `shrink` of Gymnasium's picture. Its reset
+    takes options={"place": x}, to start at the share x of the track. While `blind`, nothing is drawn."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-        self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
         self.place, self.blind = (options or {}).get("place", 0.0), False
         return super().reset(seed=seed, options=options)
 
@@ -213,8 +190,6 @@ class FastCarRacing(car_racing.CarRacing):
         return True
 
     def _render(self, mode: str) -> np.ndarray | None:
-        if mode != "state_pixels":
-            return super()._render(mode)
         if self.blind:
             return None
         if len(self.road) - len(self.untouched) < self.tile_visited_count:  # touched road is darker
@@ -253,6 +228,7 @@ def gymnasium_car_racing() -> gym.Env:
 LATENTS, HIDDEN, MIXTURES = 32, 256, 5
 KL_FLOOR = 0.5 * LATENTS  # nats of a picture; less information than this is not rewarded
 LOG_SIGMA = (-5.0, 2.0)  # range of a mixture component's log standard deviation
+REWARDS = (-1.0, 10.0)  # range that M learns; leaving the lawn costs 100
 
 
 class Vision(nn.Module):
@@ -270,9 +246,7 @@ class Vision(nn.Module):
         for before, after, kernel in ((1024, 128, 5), (128, 64, 5), (64, 32, 6), (32, 3, 6)):
             layers += [nn.ConvTranspose2d(before, after, kernel, 2), nn.ReLU()]
         self.decoder = nn.Sequential(*layers[:-1], nn.Sigmoid())  # 1 -> 5 -> 13 -> 30 -> 64 pixels
-        for parameter in self.parameters():  # the encoder is a third faster so
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # the encoder is a third faster so
 
     def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, both (N, 32), of pictures uint8 (N, 64, 64, 3)."""
@@ -290,16 +264,15 @@ def to_pictures(decoded: Tensor) -> np.ndarray:
 
 
 def vision_loss(decoded: Tensor, pictures: Tensor, mu: Tensor, logvar: Tensor) -> tuple:
-    """Summed squared error plus KL divergence to a unit Gaussian (Kingma & Welling 2014, appendix B) with
-    a floor. decoded: (N, 3, H, W) in [0, 1]; pictures: uint8 (N, H, W, 3); mu, logvar: (N, 32). Returns loss,
-    error and KL, means over N."""
+    """Summed squared error plus KL divergence (Kingma & Welling 2014, appendix B) with a floor, and
+    the two: means over N. decoded: (N, 3, H, W) in [0, 1]; pictures: uint8 (N, H, W, 3)."""
     error = (decoded - pictures.permute(0, 3, 1, 2) / 255).square().sum((1, 2, 3))
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
     return (error + kl.clamp(min=KL_FLOOR)).mean(), error.mean(), kl.mean()
 
 
 class Memory(nn.Module):
-    """M, the paper's LSTM with a mixture density output: 422,368 parameters; with a head for outcomes."""
+    """M, the paper's LSTM with a mixture output, 422,368 parameters, and a head for outcomes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,13 +282,11 @@ class Memory(nn.Module):
         self.outcome = nn.Linear(HIDDEN, 2)
 
     def forward(self, z: Tensor, actions: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Hidden states (T, N, 256) that have seen z (T, N, 32) and actions (T, N, 3), and the state after
-        the last; state: a pair of (1, N, 256), or zeros."""
+        """Hidden states (T, N, 256) after z (T, N, 32) and actions (T, N, 3); the last state, two (1, N, 256)."""
         return self.lstm(torch.cat([z, actions], -1), state)
 
     def foretell(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Log weights, means and log standard deviations (..., 32, 5) of the next latents; reward and logit
-        of the episode's end (...)."""
+        """The next latents' log weights, means and log deviations (..., 32, 5); reward, logit of the end (...)."""
         mixture = self.mixture(hidden).unflatten(-1, (3, LATENTS, MIXTURES))
         logits, mu, log_sigma = mixture.unbind(-3)
         reward, end = self.outcome(hidden).unbind(-1)
@@ -323,17 +294,16 @@ class Memory(nn.Module):
 
 
 def mixture_nll(z: Tensor, log_pi: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
-    """Negative log likelihood (...) in nats, summed over the 32, of latents under a mixture of Gaussians
-    for each (Bishop 1994, eq. 29). z: (..., 32); the others (..., 32, 5)."""
+    """NLL (...) in nats of latents z (..., 32) under mixtures of 5, all (..., 32, 5) (Bishop 1994, eq. 29)."""
     error = (z[..., None] - mu) * torch.exp(-log_sigma)
     log_prob = -0.5 * error.square() - log_sigma - 0.5 * math.log(2 * math.pi)
     return -torch.logsumexp(log_pi + log_prob, -1).sum(-1)
 
 
 def memory_loss(memory: Memory, z: Tensor, targets: Tensor, rows: Tensor, lengths: Tensor) -> tuple:
-    """M's loss over episodes padded to the longest, NLL a latent, the reward's and the end's error: means
-    over the real frames. z, targets: (T, N, 32), two samples of the same latents; rows: (T, N, 9), see
-    COLUMNS; lengths: (N,). Frame t foretells the latents of t + 1: an episode's last has none to foretell."""
+    """M's loss over padded episodes, NLL a latent, reward's and end's error: means over real frames.
+    z, targets: (T, N, 32), two samples of the latents; rows: (T, N, 9), see COLUMNS; lengths: (N,). Frame t
+    foretells the latents of t + 1: an episode's last has none to foretell."""
     frames = torch.arange(len(z), device=z.device)[:, None]
     real, followed = frames < lengths, frames < lengths - 1
     log_pi, mu, log_sigma, reward, end = memory.foretell(memory(z, rows[..., :3])[0])
@@ -345,10 +315,7 @@ def memory_loss(memory: Memory, z: Tensor, targets: Tensor, rows: Tensor, length
 
 
 class Agent(nn.Module):
-    """V, M and C, and how many frames an action lasts. C is linear: (3, 289) for 288 inputs and a bias,
-    or (3, 33) where it sees z alone."""
-
-    controller: Tensor
+    """V, M and C, which is linear: (3, 289) for 288 inputs and a bias, or (3, 33) where it sees z alone."""
 
     def __init__(self, args: Args) -> None:
         super().__init__()
@@ -358,170 +325,56 @@ class Agent(nn.Module):
 
 
 def act(z: Tensor, hidden: Tensor, controllers: Tensor) -> tuple[Tensor, Tensor]:
-    """C's wishes and actions, both (N, 3), by z (N, 32), hidden (N, 256); controllers (N, 3, I).
-    An action is tanh of the wish: steering as it is, gas from [-1, 1], brake from [0, 1]."""
+    """C's wishes and actions, both (N, 3), by z (N, 32), hidden (N, 256); controllers (N, 3, I). An
+    action is tanh of the wish: steering as it is, gas from [-1, 1], brake from [0, 1]."""
     inputs = torch.cat([z, hidden], -1)[:, : controllers.shape[-1] - 1]
     wishes = (controllers[..., :-1] @ inputs[..., None])[..., 0] + controllers[..., -1]
     steer, gas, brake = wishes.tanh().unbind(-1)
     return wishes, torch.stack([steer, (gas + 1) / 2, brake.clamp(0, 1)], -1)
 
 
-# --- Driving: batches of environments in every process of a pool ----------------------------------
-
-SLOTS = 16  # environments of a process, seen by V in one batch
-PATIENCE, GRACE = 20, 50  # frames without reward that make a rollout hopeless, but for the first
-COLUMNS = 9  # of a row: action (3), reward, first of its episode, terminated after it, C's wish (3)
+# --- The dream, and CMA-ES ------------------------------------------------------------------------
 
 
-class Rollout:
-    """A job on its way in an environment. A job is a dict: `seed` (of the track), `controller` (its row),
-    `limit` (frames), and optionally `place` (where to start), `noise` (seed, kind), `abort` (end it where it
-    is hopeless) and `film` (return the pictures)."""
-
-    def __init__(self, index: int, env: Any, job: dict) -> None:
-        self.index, self.env, self.job, self.over = index, env, job, False
-        self.obs = env.reset(seed=job["seed"], options={"place": job.get("place", 0.0)})[0]
-        self.rng = np.random.default_rng([job["seed"], *job.get("noise", ())])
-        self.noise, self.idle = np.zeros(3), 0  # idle: frames since the last reward
-        self.result: dict = {"return": 0.0, "frames": 0, "rows": [], "pictures": []}
-
-    def disturb(self, own: np.ndarray) -> np.ndarray:
-        """An action (3,) to collect frames with: random driving (kind 0), correlated in time, to get somewhere;
-        C's own, disturbed steadily (1), thrown off now and then, to see how it finds back (2), or as is (3)."""
-        self.noise = 0.95 * self.noise + math.sqrt(1 - 0.95**2) * self.rng.standard_normal(3)
-        kind, thrown_off = self.job["noise"][1], self.result["frames"] % 90 < 16
-        if kind == 0:
-            own = self.noise * (0.7, 0.5, 0.4) + (0, 0.35, -0.4)
-        elif kind == 1:
-            own = own + self.noise * (0.3, 0.3, 0.1)
-        elif kind == 2 and thrown_off:
-            own = own + self.noise * (1.0, 0.5, 0.2)
-        return np.clip(own, (-1, 0, 0), (1, 1, 1)).astype(np.float32)
-
-    def play(self, action: np.ndarray, wish: np.ndarray, repeat: int) -> None:
-        """Plays an action (3,) for `repeat` frames; wish: (3,), C's. A hopeless rollout is charged for every
-        frame that it did not drive, as if it had stood still until the limit: else giving up would pay."""
-        result, limit, before, earned = self.result, self.job["limit"], self.obs, 0.0
-        frame = result["frames"]
-        end, terminated, truncated = min(frame + repeat, limit), False, False
-        while frame < end and not (terminated or truncated):
-            frame += 1
-            self.env.blind = frame < end
-            self.obs, reward, terminated, truncated, info = self.env.step(action)
-            earned += float(reward)
-            self.idle = self.idle + 1 if reward < 0 else 0
-        result["pictures"] += [before] if self.job.get("film") else []
-        result["rows"].append([*action, earned, not result["rows"], terminated, *wish])
-        hopeless = bool(self.job.get("abort") and self.idle >= PATIENCE and frame > GRACE)
-        if hopeless and not terminated:
-            earned -= 0.1 * (limit - frame)
-        result |= {"return": result["return"] + earned, "frames": frame}
-        self.over = terminated or truncated or hopeless or frame == limit
-        if self.over:
-            result["finished"] = bool(info.get("lap_finished", False))
-            result["rows"] = np.array(result["rows"], np.float32)
-            result["pictures"] = np.array(result["pictures"])
+def sample_next(memory: Memory, hidden: Tensor, starts: int, temperature: float, chance: Any) -> tuple:
+    """The next latents (N, 32), reward (N,) and logit of the end (N,) after hidden states (N, 256),
+    drawn from M's mixture, its logits divided by the temperature and its variances multiplied by
+    it. Rows i and i + starts share their chances, of the torch.Generator `chance`."""
+    log_pi, mu, log_sigma, reward, end = memory.foretell(hidden)
+    repeats, draw = len(hidden) // starts, {"generator": chance, "device": hidden.device}
+    uniform = torch.rand(starts, LATENTS, 1, **draw).repeat(repeats, 1, 1)
+    normal = torch.randn(starts, LATENTS, **draw).repeat(repeats, 1)
+    bounds = (log_pi / temperature).softmax(-1).cumsum(-1)[..., :-1]
+    component = (uniform > bounds).sum(-1, keepdim=True)
+    sigma = log_sigma.gather(-1, component)[..., 0].exp() * math.sqrt(temperature)
+    return mu.gather(-1, component)[..., 0] + sigma * normal, reward, end
 
 
 @torch.no_grad()
-def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> list[dict]:
-    """Plays jobs (see Rollout), several at a time: a slot takes the next when its episode ends.
-    controllers: (P, 3, I). Returns a dict for each job: return, frames, finished, rows (T, 9), see COLUMNS,
-    and pictures, uint8 (T, 64, 64, 3) or none.
-
-    V and M always see SLOTS rows, also where fewer drive: their last bits depend on how many there are, and
-    a job's result must not depend on what is driven beside it."""
-    waiting = list(enumerate(jobs))[::-1]
-    results: list[dict] = [{} for _ in jobs]
-    rollouts: dict[int, Rollout] = {}
-    obs = np.zeros((SLOTS, SIZE, SIZE, 3), np.uint8)
-    state = (torch.zeros(1, SLOTS, HIDDEN), torch.zeros(1, SLOTS, HIDDEN))
-    weights = torch.zeros(SLOTS, *controllers.shape[1:])
-    while waiting or rollouts:
-        free = [i for i in range(len(envs)) if i not in rollouts]
-        for i in free[: len(waiting)]:
-            index, job = waiting.pop()
-            rollouts[i] = Rollout(index, envs[i], job)
-            obs[i], weights[i] = rollouts[i].obs, controllers[job["controller"]]
-            state[0][0, i] = state[1][0, i] = 0
-        z, _ = agent.vision.encode(torch.from_numpy(obs))
-        wishes, actions = act(z, state[0][0], weights)
-        for i, rollout in list(rollouts.items()):
-            if "noise" in rollout.job:
-                actions[i] = torch.from_numpy(rollout.disturb(actions[i].numpy()))
-            rollout.play(actions[i].numpy().copy(), wishes[i].numpy(), agent.repeat)
-            obs[i] = 0 if rollout.over else rollout.obs
-            if rollout.over:
-                results[rollout.index] = rollouts.pop(i).result
-        _, state = agent.memory(z[None], actions[None], state)
-    return results
-
-
-def start_driver() -> None:
-    """Makes a pool's process end when the main process does."""
-    parent: Any = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(1)
-
-
-ENVIRONMENTS: dict[Callable, list] = {}  # of a pool's process, which makes them once
-
-
-def drive_share(share: tuple) -> list[dict]:
-    """In a pool's process: the results of its share of the jobs."""
-    args, weights, controllers, jobs, environment = share
-    agent = Agent(args)
-    agent.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
-    envs = ENVIRONMENTS.setdefault(environment, [])
-    envs += [environment() for _ in range(SLOTS - len(envs))]
-    return drive(envs, agent, torch.from_numpy(controllers), jobs)
-
-
-class Drivers:
-    """A pool of processes that drive. Where one dies, or they take far too long, the jobs are driven
-    once more in a new pool, with the same results."""
-
-    patience = 600.0  # seconds, beside 20 for each job; Gymnasium's environment takes 5
-
-    def __init__(self, args: Args) -> None:
-        self.args, self.workers, self.replaced = args, args.workers or usable_cores(), 0
-        self.pool: ProcessPoolExecutor | None = None  # the first jobs start it
-
-    def drive(self, agent: Agent, controllers: Tensor, jobs: list, environment: Any = FastCarRacing) -> list:
-        """The results of `drive` with the agent's V and M. Raises RunError."""
-        # Arrays travel whole; of a tensor only a file descriptor would. The decoder stays here.
-        weights = {k: v.cpu().numpy() for k, v in agent.state_dict().items() if "decoder" not in k}
-        n, arrays = self.workers, controllers.cpu().numpy()
-        shares = [(self.args, weights, arrays, jobs[i::n], environment) for i in range(n)]
-        results: list[dict] = [{} for _ in jobs]
-        for _ in range(3):
-            context = multiprocessing.get_context("spawn")
-            self.pool = self.pool or ProcessPoolExecutor(n, context, start_driver)
-            try:
-                answers = self.pool.map(drive_share, shares, timeout=self.patience + 20 * len(jobs) / n)
-                for i, answer in enumerate(answers):
-                    results[i::n] = answer
-                return results
-            except (BrokenProcessPool, TimeoutError):
-                self.close()
-                self.replaced += 1
-        raise RunError("Driving processes died or hung three times in a row: is memory short?")
-
-    def close(self) -> None:
-        for process in multiprocessing.active_children():  # also one that hangs
-            process.kill()
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-        self.pool = None
-
-
-# --- The search, and the dream --------------------------------------------------------------------
+def dream_returns(args: Args, memory: Memory, controllers: Tensor, z: Tensor, state: Any, chance: Any) -> Tensor:
+    """Mean return (P,) that every controller (P, 3, I) gets in M's dream. It starts at real places,
+    shared by all, as are its chances: z (S, 32), state, a pair of (1, S, 256). Dropout hits what M
+    foretells from, not what C sees: else C finds what M is wrong about and lives on that."""
+    population, starts = len(controllers), len(z)
+    z = z.repeat(population, 1)  # (P * S, 32), controller by controller
+    state = tuple(part.repeat(1, population, 1) for part in state)
+    weights = controllers.to(z.device).repeat_interleave(starts, 0)
+    returns, alive = torch.zeros(len(z), device=z.device), torch.ones(len(z), device=z.device)
+    for _ in range(args.dream_steps):
+        _, actions = act(z, state[0][0], weights)
+        hidden, state = memory(z[None], actions[None], state)
+        kept = torch.rand(starts, HIDDEN, generator=chance, device=z.device) >= args.dream_dropout
+        kept = (kept / (1 - args.dream_dropout)).repeat(population, 1)
+        z, reward, end = sample_next(memory, hidden[0] * kept, starts, args.temperature, chance)
+        returns += alive * reward.clamp(*REWARDS)
+        alive *= 1 - end.sigmoid()
+    return returns.view(population, starts).mean(1)
 
 
 class CMAES:
-    """Covariance matrix adaptation evolution strategy as in Hansen's tutorial (arXiv:1604.00772, figure
-    6 and table 1), with its default parameters. It minimizes, from a mean of any shape. A generation's noise
-    depends on the seed and its number alone. All that changes is in vars(search)."""
+    """Covariance matrix adaptation evolution strategy with the defaults of Hansen's tutorial
+    (arXiv:1604.00772, figure 6 and table 1). It minimizes, from a mean of any shape. A generation's
+    noise depends on the seed and its number alone. All that changes is in vars(search)."""
 
     def __init__(self, mean: Tensor, sigma: float, population: int, seed: int = 0) -> None:
         n, self.shape = mean.numel(), mean.shape
@@ -585,44 +438,121 @@ class CMAES:
             self.scales, self.decomposed = values.clamp(min=1e-20).sqrt(), self.generation
 
 
-REWARDS = (-1.0, 10.0)  # range that M learns; leaving the lawn costs 100
+# --- Driving: batches of environments in every process of a pool ----------------------------------
+
+SLOTS = 16  # environments of a process, made once and seen by V in one batch
+environments = functools.cache(lambda make: [make() for _ in range(SLOTS)])
+PATIENCE, GRACE = 20, 50  # frames without reward that make a rollout hopeless, but for the first
+COLUMNS = 9  # of a row: action (3), reward, first of its episode, terminated after it, C's wish (3)
 
 
-def sample_next(memory: Memory, hidden: Tensor, starts: int, temperature: float, chance: Any) -> tuple:
-    """The next latents (N, 32), reward (N,) and logit of the end (N,) after hidden states (N, 256). The
-    latents are drawn from M's mixture, its logits divided by the temperature and its variances multiplied
-    by it. Rows i and i + starts share their chances, of the torch.Generator `chance`."""
-    log_pi, mu, log_sigma, reward, end = memory.foretell(hidden)
-    repeats, draw = len(hidden) // starts, {"generator": chance, "device": hidden.device}
-    uniform = torch.rand(starts, LATENTS, 1, **draw).repeat(repeats, 1, 1)
-    normal = torch.randn(starts, LATENTS, **draw).repeat(repeats, 1)
-    bounds = (log_pi / temperature).softmax(-1).cumsum(-1)[..., :-1]
-    component = (uniform > bounds).sum(-1, keepdim=True)
-    sigma = log_sigma.gather(-1, component)[..., 0].exp() * math.sqrt(temperature)
-    return mu.gather(-1, component)[..., 0] + sigma * normal, reward, end
+class Rollout:
+    """A job on its way in an environment. A job is a dict: `seed` (of the track), `controller` (its
+    row), `limit` (frames), and optionally `place` (where to start), `noise` (seed, kind), `abort`
+    (end it where it is hopeless) and `film` (return the pictures)."""
+
+    def __init__(self, index: int, env: Any, job: dict) -> None:
+        self.index, self.env, self.job, self.over = index, env, job, False
+        self.obs = env.reset(seed=job["seed"], options={"place": job.get("place", 0.0)})[0]
+        self.rng = np.random.default_rng([job["seed"], *job.get("noise", ())])
+        self.noise, self.idle = np.zeros(3), 0  # idle: frames since the last reward
+        self.result: dict = {"return": 0.0, "frames": 0, "rows": [], "pictures": []}
+
+    def disturb(self, own: np.ndarray) -> np.ndarray:
+        """An action (3,) to collect with: random, correlated in time (kind 0), or C's own, disturbed
+        steadily (1), thrown off now and then, to see how it finds back (2), or as it is (3)."""
+        kind = self.job["noise"][1]
+        self.noise = 0.95 * self.noise + math.sqrt(1 - 0.95**2) * self.rng.standard_normal(3)
+        if kind == 0:
+            own = self.noise * (0.7, 0.5, 0.4) + (0, 0.35, -0.4)
+        elif kind == 1:
+            own = own + self.noise * (0.3, 0.3, 0.1)
+        elif kind == 2 and self.result["frames"] % 90 < 16:
+            own = own + self.noise * (1.0, 0.5, 0.2)
+        return np.clip(own, (-1, 0, 0), (1, 1, 1)).astype(np.float32)
+
+    def play(self, action: np.ndarray, wish: np.ndarray, repeat: int) -> None:
+        """Plays an action (3,), in answer to C's wish (3,), for `repeat` frames. A hopeless rollout
+        is charged as if it had stood still until the limit: else giving up would pay."""
+        result, limit, earned = self.result, self.job["limit"], 0.0
+        if self.job.get("film"):
+            result["pictures"].append(self.obs)
+        last = min(result["frames"] + repeat, limit)
+        for frame in range(result["frames"] + 1, last + 1):
+            self.env.blind = frame < last
+            self.obs, reward, terminated, truncated, info = self.env.step(action)
+            earned += float(reward)
+            self.idle = self.idle + 1 if reward < 0 else 0
+            if terminated or truncated:
+                break
+        result["rows"].append([*action, earned, not result["rows"], terminated, *wish])
+        hopeless = self.job.get("abort") and self.idle >= PATIENCE and frame > GRACE
+        if hopeless and not terminated:
+            earned -= 0.1 * (limit - frame)
+        result["return"] += earned
+        result["frames"] = frame
+        self.over = terminated or truncated or hopeless or frame == limit
+        if self.over:
+            result["finished"] = info.get("lap_finished", False)
+            result["rows"] = np.array(result["rows"], np.float32)
+            result["pictures"] = np.array(result["pictures"])
 
 
 @torch.no_grad()
-def dream_returns(
-    args: Args, memory: Memory, controllers: Tensor, z: Tensor, state: Any, chance: torch.Generator
-) -> Tensor:
-    """Mean return (P,) that every controller gets in M's dream. controllers: (P, 3, I); z: (S, 32); state: a
-    pair of (1, S, 256): real places to start from, shared by all, as are the dream's chances. Dropout hits
-    what M foretells from, not what C sees: else C finds what M is wrong about and lives on that."""
-    population, starts = len(controllers), len(z)
-    z = z.repeat(population, 1)  # (P * S, 32), controller by controller
-    state = tuple(part.repeat(1, population, 1) for part in state)
-    weights = controllers.to(z.device).repeat_interleave(starts, 0)
-    returns, alive = torch.zeros(len(z), device=z.device), torch.ones(len(z), device=z.device)
-    for _ in range(args.dream_steps):
-        _, actions = act(z, state[0][0], weights)
-        hidden, state = memory(z[None], actions[None], state)
-        kept = torch.rand(starts, HIDDEN, generator=chance, device=z.device) >= args.dream_dropout
-        kept = (kept / (1 - args.dream_dropout)).repeat(population, 1)
-        z, reward, end = sample_next(memory, hidden[0] * kept, starts, args.temperature, chance)
-        returns += alive * reward.clamp(*REWARDS)
-        alive *= 1 - end.sigmoid()
-    return returns.view(population, starts).mean(1)
+def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> list[dict]:
+    """Plays jobs (see Rollout) with controllers (P, 3, I): a slot takes the next when its episode
+    ends. Returns a dict for each: return, frames, finished, rows (T, 9), see COLUMNS, and pictures,
+    uint8 (T, 64, 64, 3) or none. V and M always see SLOTS rows, on whose number their last bits
+    depend: a job's result must not depend on what is driven beside it."""
+    waiting = list(enumerate(jobs))[::-1]
+    results: list[dict] = [{} for _ in jobs]
+    rollouts: dict[int, Rollout] = {}
+    obs = np.zeros((SLOTS, SIZE, SIZE, 3), np.uint8)
+    state = (torch.zeros(1, SLOTS, HIDDEN), torch.zeros(1, SLOTS, HIDDEN))
+    weights = torch.zeros(SLOTS, *controllers.shape[1:])
+    while waiting or rollouts:
+        free = [i for i in range(len(envs)) if i not in rollouts]
+        for i in free[: len(waiting)]:
+            index, job = waiting.pop()
+            rollouts[i] = Rollout(index, envs[i], job)
+            obs[i], weights[i] = rollouts[i].obs, controllers[job["controller"]]
+            state[0][0, i] = state[1][0, i] = 0
+        z, _ = agent.vision.encode(torch.from_numpy(obs))
+        wishes, actions = act(z, state[0][0], weights)
+        for i, rollout in list(rollouts.items()):
+            if "noise" in rollout.job:
+                actions[i] = torch.from_numpy(rollout.disturb(actions[i].numpy()))
+            rollout.play(actions[i].numpy().copy(), wishes[i].numpy(), agent.repeat)
+            obs[i] = 0 if rollout.over else rollout.obs
+            if rollout.over:
+                results[rollout.index] = rollouts.pop(i).result
+        _, state = agent.memory(z[None], actions[None], state)
+    return results
+
+
+def drive_share(share: tuple) -> list[dict]:
+    """In a driving process: the results of its share of the jobs."""
+    networks, jobs, make = share
+    torch.set_num_threads(1)
+    return drive(environments(make), *pickle.loads(networks), jobs)
+
+
+class Drivers:
+    """So many processes that drive; they start with the first jobs."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+    def drive(self, agent: Agent, controllers: Tensor, jobs: list, make: Callable = FastCarRacing) -> list:
+        """The results of `drive` with the agent's V and M. Raises BrokenProcessPool."""
+        # Bytes travel whole; of a tensor only a file descriptor would, and those are few
+        networks = pickle.dumps((copy.deepcopy(agent).cpu(), controllers.cpu()))
+        shares = [(networks, jobs[i :: self.workers], make) for i in range(self.workers)]
+        results = [{} for _ in jobs]
+        for i, answer in enumerate(self.pool.map(drive_share, shares)):
+            results[i :: self.workers] = answer
+        return results
 
 
 # --- Save and load --------------------------------------------------------------------------------
@@ -655,42 +585,27 @@ def load_weights(agent: Agent, checkpoint: dict, path: Path) -> None:
     """Puts a checkpoint's V, M and C into the agent. Raises UsageError where they do not fit."""
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         raise UsageError(f"{path} holds other networks: type its own settings.") from error
 
 
-def load_result(args: Args, folder: Path, name: str) -> dict:
-    """The checkpoint that a finished stage has left. Raises UsageError where it is another's."""
-    result = load_checkpoint(folder / f"{name}.pt")
-    if (result.get("stage", {}).get("name"), result["args"].seed) != (name, args.seed):
-        raise UsageError(f"{folder}/{name}.pt is another run's: type another --name to start anew.")
-    return result
-
-
 class Journal:
-    """What the stages share: settings, V, M and C, driving processes, figures for TensorBoard, and the
-    state to go on from: rows of figures written (iteration), frames driven, seconds spent, frames and
-    score of every validation, and the stage on its way (name, round, step and what it needs)."""
+    """What the stages share, and the state to go on from: rows of figures (iteration), frames driven,
+    seconds, frames and score of every validation, the stage on its way (name, round, step, its needs)."""
 
     def __init__(self, args: Args, folder: Path, agent: Agent, checkpoint: dict) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.args, self.folder, self.agent, self.drivers = args, folder, agent, Drivers(args)
-        self.clock = time.time()
+        self.args, self.folder, self.agent, self.device = args, folder, agent, agent.controller.device
+        self.drivers, self.clock = Drivers(args.workers), time.time()
         new = {"iteration": 0, "frames": 0, "seconds": 0.0, "scores": [], "stage": {}}
         self.state = {name: checkpoint.get(name, value) for name, value in new.items()}
-        purge = self.state["iteration"] + 1 if checkpoint else None
-        self.board = SummaryWriter(folder, purge_step=purge)
-        for frames, score in self.state["scores"]:  # which purge_step has taken away
-            self.board.add_scalar("score_against_frames", score, frames)
+        self.board = SummaryWriter(folder, purge_step=self.state["iteration"] + 1)
 
     def write(self, figures: dict) -> None:
         """Writes a row of figures."""
         self.state["iteration"] += 1
         self.state["seconds"] += time.time() - self.clock
         self.clock = time.time()
-        figures["charts/frames"] = self.state["frames"]
-        figures["charts/elapsed_seconds"] = self.state["seconds"]
+        figures |= {"charts/frames": self.state["frames"], "charts/elapsed_seconds": self.state["seconds"]}
         for tag, value in figures.items():
             self.board.add_scalar(tag, value, self.state["iteration"])
 
@@ -698,11 +613,14 @@ class Journal:
         """Writes a checkpoint to the run's folder; more: what differs in it."""
         call = ("stages", "workers", "resume", "init_from", "evaluate", "dream")  # not the run's
         args = {key: value for key, value in vars(self.args).items() if key not in call}
-        contents = self.state | {"args": args, "agent": self.agent.state_dict()}
-        save(contents | more, self.folder / name)
+        save(self.state | {"args": args, "agent": self.agent.state_dict()} | more, self.folder / name)
+
+    def result(self, stage: str, round_: int) -> dict:
+        """What a finished stage has left. Raises UsageError."""
+        return load_checkpoint(self.folder / f"{stage}-{round_}.pt")["stage"]
 
 
-# --- The stages: each reads what others have left; they return whether all is done ----------------
+# --- The stages: each reads what others have left ------------------------------------------------
 
 FOOTAGE, VALIDATION, TRAIN = 800_000_000, 900_000_000, 1_000_000  # first seeds of their tracks
 SIGMA = 0.1  # CMA-ES's step size at the start; half of it in the later rounds
@@ -716,72 +634,57 @@ def randomness(*numbers: int) -> np.random.Generator:
     return generator
 
 
-def collect(journal: Journal) -> bool:
+def collect(journal: Journal) -> None:
     """Drives and films: at random in the first round, then with C, disturbed two of three times."""
     args, stage, controller = journal.args, journal.state["stage"], journal.agent.controller
     round_, at_random = stage["round"], stage["round"] == 1 and not controller.any()
-    first, total = (round_ - 1) * args.collect_frames, round_ * args.collect_frames
+    earlier = journal.result("collect", round_ - 1)["rows"] if round_ > 1 else torch.zeros(0, COLUMNS)
     if stage["step"] == 0:
-        stage |= {"episodes": 0, "rows": torch.zeros(total, COLUMNS)}
-        if first:
-            before = load_result(args, journal.folder, f"collect-{round_ - 1}")
-            stage["rows"][:first] = before["stage"]["rows"]
-    path, shape = journal.folder / "pictures.bin", (total, SIZE, SIZE, 3)
-    filled = (first + stage["step"]) * SIZE * SIZE * 3  # bytes
-    if filled > (path.stat().st_size if path.exists() else 0):
-        raise UsageError(f"{path} lacks its pictures: type another --name to start anew.")
-    pictures = np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=shape)
-    while first + stage["step"] < total:
+        stage |= {"episodes": 0, "rows": torch.cat([earlier, torch.zeros(args.collect_frames, COLUMNS)])}
+    rows, first, path = stage["rows"], len(earlier), journal.folder / "pictures.bin"
+    mode = "r+" if first + stage["step"] else "w+"
+    pictures = np.memmap(path, np.uint8, mode, shape=(len(rows), SIZE, SIZE, 3))
+    limit = min(300 if at_random else 1000, args.max_frames)
+    while first + stage["step"] < len(rows):
         jobs = []
         for episode in range(stage["episodes"], stage["episodes"] + 32):
             chance = np.random.default_rng([args.seed, round_, episode])
             place = chance.random() * (chance.random() < 0.8)
-            limit = min(300 if at_random else 1000, args.max_frames)
             noise = (1000 * args.seed + round_, 0 if at_random else episode % 3 or 3)
             job = {"seed": FOOTAGE + 1_000_000 * round_ + episode, "controller": 0, "limit": limit}
             jobs.append(job | {"place": place, "noise": noise, "film": True})
         for result in journal.drivers.drive(journal.agent, controller[None], jobs):
             start = first + stage["step"]
-            size = min(len(result["rows"]), total - start)
+            size = min(len(result["rows"]), len(rows) - start)
             pictures[start : start + size] = result["pictures"][:size]
-            stage["rows"][start : start + size] = torch.from_numpy(result["rows"][:size])
+            rows[start : start + size] = torch.from_numpy(result["rows"][:size])
             stage["step"] += size
             journal.state["frames"] += result["frames"]
         stage["episodes"] += len(jobs)
         pictures.flush()
         journal.save("last.pt")
-        tqdm.write(f"{stage['name']}: {stage['step']} of {args.collect_frames} pictures")
-    rows = stage["rows"][first:]
-    rows[:, 3].clamp_(*REWARDS)
-    reward, episodes = rows[:, 3].mean(), rows[:, 4].sum()
-    journal.write({"collect/reward_per_frame": reward, "collect/episodes": episodes})
-    return True
+        tqdm.write(f"{stage['name']}: {stage['step']} of {len(rows) - first} pictures")
+    new = rows[first:]
+    new[:, 3].clamp_(*REWARDS)
+    journal.write({"collect/reward_per_frame": new[:, 3].mean(), "collect/episodes": new[:, 4].sum()})
 
 
 class Footage:
-    """All rounds' frames so far: `pictures`, uint8 (N, 64, 64, 3) on disk; `rows`, (N, 9), see COLUMNS;
-    `latents`, (N, 64), mean and log variance, as the newest V sees them; `episodes`, (E, 2), first row and
-    length of each, and `newest`, those of the last round. Raises UsageError."""
+    """All rounds' frames: `rows` (N, 9), see COLUMNS; `latents` (N, 64), mean and log variance by
+    the newest V; `episodes` (E, 2), first row and length, and `newest`, the last round's."""
 
     def __init__(self, journal: Journal) -> None:
-        args, folder, stage = journal.args, journal.folder, journal.state["stage"]
-        self.rows = load_result(args, folder, f"collect-{stage['round']}")["stage"]["rows"]
-        self.latents = torch.zeros(len(self.rows), 2 * LATENTS)
-        if not stage["name"].startswith("vision"):
-            self.latents = load_result(args, folder, f"vision-{stage['round']}")["stage"]["latents"]
-        path, shape = folder / "pictures.bin", (stage["round"] * args.collect_frames, SIZE, SIZE, 3)
-        whole = path.exists() and path.stat().st_size >= math.prod(shape) and len(self.rows) == shape[0]
-        if not whole or not self.rows.isfinite().all() or not self.latents.isfinite().all():
-            raise UsageError(f"{folder} lacks its footage: type another --name to start anew.")
-        self.pictures = np.memmap(path, np.uint8, "r", shape=shape)
+        round_ = journal.state["stage"]["round"]
+        self.rows = journal.result("collect", round_)["rows"]
+        self.latents = journal.result("vision", round_)["latents"]
         starts = self.rows[:, 4].nonzero()[:, 0].numpy()
         self.episodes = np.stack([starts, np.diff([*starts, len(self.rows)])], 1)
-        self.newest = self.episodes[starts >= len(self.rows) - args.collect_frames]
+        self.newest = self.episodes[starts >= len(self.rows) - journal.args.collect_frames]
 
 
 def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None:
-    """Fits V or M by Adam: `minibatch(step, generator)` returns losses, called `names`, and the first
-    is descended. Raises RunError where one is not finite."""
+    """Fits V or M by Adam: `minibatch(step, generator)` returns losses, called `names`, and the
+    first is descended. Raises RunError where its gradient is not finite."""
     args, stage = journal.args, journal.state["stage"]
     name, round_ = stage["name"].split("-")[0], stage["round"]
     network, lr = getattr(journal.agent, name), getattr(args, f"{name}_lr")
@@ -798,7 +701,7 @@ def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None
         optimizer.zero_grad()
         losses[0].backward()
         length = nn.utils.clip_grad_norm_(parameters, longest)
-        if not torch.isfinite(length + losses.sum()):
+        if not length.isfinite():
             raise RunError(f"Loss {losses[0]:.4g} or gradient {length:.4g} is not finite.")
         optimizer.step()
         sums.append(losses.detach())
@@ -808,39 +711,37 @@ def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None
             journal.write({f"{name}/{key}": mean for key, mean in zip(names, means, strict=True)})
             stage |= {"step": step + 1, "optimizer": optimizer.state_dict()}
             journal.save("last.pt")
-    for parameter in network.parameters():  # what is driven with is what best.pt holds, bit by bit
-        parameter.data.copy_(parameter.half())
+    network.half().float()  # what is driven with is what best.pt holds, bit by bit
     stage["optimizer"] = None
 
 
-def learn_vision(journal: Journal) -> bool:
+def learn_vision(journal: Journal) -> None:
     """Fits V to all the footage, and keeps what it then sees there."""
-    footage, vision, device = Footage(journal), journal.agent.vision, journal.agent.controller.device
+    vision, stage, device = journal.agent.vision, journal.state["stage"], journal.device
+    frames, path = len(journal.result("collect", stage["round"])["rows"]), journal.folder / "pictures.bin"
+    footage = np.memmap(path, np.uint8, "r", shape=(frames, SIZE, SIZE, 3))
 
     def minibatch(step: int, chance: np.random.Generator) -> tuple[Tensor, ...]:
         noise = torch.randn(100, LATENTS).to(device)
-        indices = np.sort(chance.integers(len(footage.rows), size=100))
-        pictures = torch.from_numpy(footage.pictures[indices]).to(device)
+        indices = np.sort(chance.integers(frames, size=100))
+        pictures = torch.from_numpy(footage[indices]).to(device)
         mu, logvar = vision.encode(pictures)
         decoded = vision.decode(mu + torch.exp(logvar / 2) * noise)
         if step % 500 == 0:
-            pair = np.stack([pictures[:8].cpu().numpy(), to_pictures(decoded[:8].detach())])
-            grid = pair.transpose(0, 2, 1, 3, 4).reshape(2 * SIZE, -1, 3)
-            now = journal.state["iteration"] + 1
-            journal.board.add_image("vision/reconstruction", grid, now, dataformats="HWC")
+            pairs = torch.cat([pictures[:8].permute(0, 3, 1, 2) / 255, decoded[:8]])
+            journal.board.add_images("vision/reconstruction", pairs, journal.state["iteration"] + 1)
         return vision_loss(decoded, pictures, mu, logvar)
 
     learn(journal, ("loss", "squared_error", "KL"), minibatch)
     with torch.no_grad():
-        parts = np.array_split(footage.pictures, len(footage.rows) // 500 + 1)
+        parts = np.array_split(footage, frames // 500 + 1)
         encoded = [vision.encode(torch.tensor(part).to(device)) for part in parts]
-    journal.state["stage"]["latents"] = torch.cat([torch.cat(part, 1).cpu() for part in encoded])
-    return True
+    stage["latents"] = torch.cat([torch.cat(part, 1).cpu() for part in encoded])
 
 
-def learn_memory(journal: Journal) -> bool:
+def learn_memory(journal: Journal) -> None:
     """Fits M to the latents of all the footage, sampled anew in every minibatch."""
-    footage, memory, device = Footage(journal), journal.agent.memory, journal.agent.controller.device
+    footage, memory, device = Footage(journal), journal.agent.memory, journal.device
     episodes, rows, latents = footage.episodes, footage.rows, footage.latents
     shares = episodes[:, 1] / len(rows)  # else the first round's short ones would be most of it
 
@@ -854,113 +755,113 @@ def learn_memory(journal: Journal) -> bool:
         return memory_loss(memory, z, targets, rows[frames].to(device), lengths)
 
     learn(journal, ("loss", "NLL_per_latent", "reward_error", "end_error"), minibatch)
-    return True
 
 
+def search(journal: Journal, cmaes: CMAES, play: Callable, generations: int) -> bool:
+    """Searches C: CMA-ES asks for candidates, `play(candidates, generation)` returns their scores
+    (P,) and how many frames that took, and CMA-ES is told. Returns whether time is over."""
+    args, state, stage = journal.args, journal.state, journal.state["stage"]
+    name = stage["name"].split("-")[0]
+    vars(cmaes).update(stage.get("search", {}))
+    for generation in tqdm(range(stage["step"], generations), stage["name"]):
+        if name == "dream" and generation - stage["found"]["step"] >= DISBELIEF * args.eval_interval:
+            break  # what the dream finds is good there alone
+        candidates = cmaes.ask()
+        scores, frames = play(candidates, generation)
+        cmaes.tell(-scores)
+        stage |= {"step": generation + 1, "search": vars(cmaes)}
+        seconds = time.time() - journal.clock
+        over = state["seconds"] + seconds > 3600 * args.hours
+        figures = {
+            f"{name}/return_mean": scores.mean(),
+            f"{name}/return_best": scores.max(),
+            f"{name}/frames_per_second": frames / seconds,
+            "search/sigma": cmaes.sigma,
+            "search/longest_axis": cmaes.scales.max(),
+            "search/shortest_axis": cmaes.scales.min(),
+        }
+        if over or stage["step"] == generations or stage["step"] % args.eval_interval == 0:
+            figures |= validate(journal, cmaes)
+        journal.write(figures)
+        journal.save("last.pt")
+        if over:
+            print(f"{args.hours:g} hours are over: type more --hours to go on.")
+            return True
+    journal.agent.controller.copy_(stage["found"]["controller"])
+    return False
+
+
+def validate(journal: Journal, cmaes: CMAES) -> dict:
+    """The search's mean on validation tracks. The stage keeps its best, and best.pt the run's."""
+    args, state, stage = journal.args, journal.state, journal.state["stage"]
+    controller = cmaes.mean.float().view(cmaes.shape)
+    seeds = range(VALIDATION, VALIDATION + args.validation_tracks)
+    jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
+    results = journal.drivers.drive(journal.agent, controller[None], jobs)
+    returns = [result["return"] for result in results]
+    score = float(np.mean(returns))
+    state["frames"] += sum(result["frames"] for result in results)
+    if "found" not in stage or score > stage["found"]["score"]:
+        stage["found"] = {"controller": controller, "sigma": cmaes.sigma, "score": score, "step": stage["step"]}
+    if all(score > earlier for _, earlier in state["scores"]):
+        weights = {name: tensor.half() for name, tensor in journal.agent.state_dict().items()}
+        weights["controller"] = controller
+        journal.save("best.pt", agent=weights, stage={}, score=score)
+    state["scores"].append([state["frames"], score])
+    tqdm.write(f"{stage['name']}, generation {stage['step']}: the mean controller scores {score:.1f}")
+    return {"controller/validation": score, "controller/validation_std": np.std(returns)}
+
+
+@torch.no_grad()
 def search_in_dream(journal: Journal) -> bool:
-    """Searches C by CMA-ES in M's dream, until reality disagrees; False where time is over."""
+    """Searches C in M's dream, until reality disagrees. Returns whether time is over."""
     args, agent, stage = journal.args, journal.agent, journal.state["stage"]
     footage = Footage(journal)
     mean, sigma = agent.controller.cpu(), SIGMA
     if stage["round"] > 1 or mean.any():
         mean, sigma = translate_controller(agent, footage), SIGMA / 2
-    search = CMAES(mean, sigma, args.population, args.seed * 1000 + 2 * stage["round"])
-    if "search" in stage:
-        vars(search).update(stage["search"])
-    else:
-        end_generation(journal, search, {}, last=False)
-    total = args.dream_generations if args.controller_input == "zh" else 0
-    for generation in tqdm(range(stage["step"], total), stage["name"]):
-        if generation - stage["found"]["step"] >= DISBELIEF * args.eval_interval:
-            break  # what the dream finds is good there alone
+    cmaes = CMAES(mean, sigma, args.population, args.seed * 1000 + 2 * stage["round"])
+    if "found" not in stage:
+        journal.write(validate(journal, cmaes))
+        journal.save("last.pt")
+
+    def play(candidates: Tensor, generation: int) -> tuple[Tensor, int]:
         z, state = dream_starts(journal, footage, generation)
         returns = []
-        for controllers in search.ask().split(32):
+        for controllers in candidates.split(32):
             chance = torch.Generator(z.device).manual_seed(args.seed * 1_000_000 + generation)
             returns.append(dream_returns(args, agent.memory, controllers, z, state, chance).cpu())
-        scores = torch.cat(returns).double()
-        search.tell(-scores)
-        stage["step"] = generation + 1
-        speed = len(scores) * len(z) * args.dream_steps / (time.time() - journal.clock)
-        figures = {"dream/return_mean": scores.mean(), "dream/return_best": scores.max()}
-        figures["dream/frames_per_second"] = torch.tensor(speed)
-        if end_generation(journal, search, figures, generation + 1 == total):
-            return False
-    agent.controller.copy_(stage["found"]["controller"])
-    return True
+        return torch.cat(returns).double(), len(candidates) * len(z) * args.dream_steps
+
+    return search(journal, cmaes, play, args.dream_generations if args.controller_input == "zh" else 0)
 
 
 def search_on_tracks(journal: Journal) -> bool:
-    """Searches C by CMA-ES on real tracks, the same for all candidates and new ones every time. The
-    dream's word is not taken: it begins from the best that was found there by the validation tracks.
-    Returns False where time is over."""
-    args, agent, stage = journal.args, journal.agent, journal.state["stage"]
-    dreamt = load_result(args, journal.folder, f"dream-{stage['round']}")["stage"]["found"]
+    """Searches C on real tracks, the same for all candidates and new ones every time. The dream's
+    word is not taken: it begins from what validated best there. Returns whether time is over."""
+    args, stage = journal.args, journal.state["stage"]
+    dreamt = journal.result("dream", stage["round"])["found"]
     seed = args.seed * 1000 + 2 * stage["round"] + 1
-    search = CMAES(dreamt["controller"], dreamt["sigma"], args.population, seed)
-    vars(search).update(stage.get("search", {}))
+    cmaes = CMAES(dreamt["controller"], dreamt["sigma"], args.population, seed)
     stage.setdefault("found", dreamt)
-    first = TRAIN + args.seed * 10_000_000 + stage["round"] * 1_000_000
-    for generation in tqdm(range(stage["step"], args.generations), stage["name"]):
-        controllers = search.ask()
-        tracks = range(first + generation * args.tracks, first + (generation + 1) * args.tracks)
-        pairs = itertools.product(tracks, range(len(controllers)))
+
+    def play(candidates: Tensor, generation: int) -> tuple[Tensor, int]:
+        first = TRAIN + args.seed * 10_000_000 + stage["round"] * 1_000_000 + generation * args.tracks
+        pairs = itertools.product(range(first, first + args.tracks), range(len(candidates)))
         common = {"limit": args.max_frames, "abort": True}
-        jobs = [common | {"seed": seed, "controller": k} for seed, k in pairs]
-        results = journal.drivers.drive(agent, controllers, jobs)
-        returns = torch.tensor([result["return"] for result in results]).double()
-        scores = returns.view(args.tracks, -1).mean(0)
-        search.tell(-scores)
-        stage["step"] = generation + 1
-        speed = 1 / (time.time() - journal.clock)
+        jobs = [common | {"seed": track, "controller": candidate} for track, candidate in pairs]
+        results = journal.drivers.drive(journal.agent, candidates, jobs)
         frames = sum(result["frames"] for result in results)
         journal.state["frames"] += frames
-        figures = {"real/return_mean": scores.mean(), "real/return_best": scores.max()}
-        figures["real/frames_per_second"] = torch.tensor(frames * speed)
-        figures["real/tracks_per_hour"] = torch.tensor(3600 * len(results) * speed)
-        if end_generation(journal, search, figures, generation + 1 == args.generations):
-            return False
-    agent.controller.copy_(stage["found"]["controller"])
-    return True
+        returns = torch.tensor([result["return"] for result in results]).double()
+        return returns.view(args.tracks, -1).mean(0), frames
+
+    return search(journal, cmaes, play, args.generations)
 
 
-def end_generation(journal: Journal, search: CMAES, figures: dict, last: bool) -> bool:
-    """Writes a generation's figures and last.pt; returns whether time is over. Now and then it scores the
-    search's mean on the validation tracks: the stage keeps its best, and best.pt the run's."""
-    args, state, stage = journal.args, journal.state, journal.state["stage"]
-    over = state["seconds"] + time.time() - journal.clock > 3600 * args.hours
-    if last or over or stage["step"] % args.eval_interval == 0:
-        controller = search.mean.float().view(search.shape)
-        seeds = range(VALIDATION, VALIDATION + args.validation_tracks)
-        jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
-        results = journal.drivers.drive(journal.agent, controller[None], jobs)
-        returns = [result["return"] for result in results]
-        score = float(np.mean(returns))
-        figures |= {"controller/validation": score, "controller/validation_std": np.std(returns)}
-        state["frames"] += sum(result["frames"] for result in results)
-        if "found" not in stage or score > stage["found"]["score"]:
-            found = {"controller": controller, "sigma": search.sigma}
-            stage["found"] = found | {"score": score, "step": stage["step"]}
-        if all(score > earlier for _, earlier in state["scores"]):
-            weights = {k: v.half() for k, v in journal.agent.state_dict().items()}  # lossless
-            weights["controller"] = controller
-            journal.save("best.pt", agent=weights, stage={}, score=score)
-        state["scores"].append([state["frames"], score])
-        journal.board.add_scalar("score_against_frames", score, state["frames"])
-        tqdm.write(f"{stage['name']}, generation {stage['step']}: the mean controller scores {score:.1f}")
-    figures |= {"search/sigma": search.sigma, "charts/pools_replaced": journal.drivers.replaced}
-    figures["search/longest_axis"] = search.scales.max()
-    figures["search/shortest_axis"] = search.scales.min()
-    stage["search"] = vars(search)
-    journal.write(figures)
-    journal.save("last.pt")
-    return over
-
-
-@torch.no_grad()
 def translate_controller(agent: Agent, footage: Footage) -> Tensor:
-    """The controller for this round's V and M that asks for what the old one asked for on the newest footage,
-    by ridge regression: the old weights mean nothing to networks that have learnt on."""
+    """The controller (3, I) that asks of the new V and M what the old one asked for on the newest
+    footage, by ridge regression: old weights mean nothing to networks that have learnt on."""
     device, inputs = agent.controller.device, agent.controller.shape[1] - 1
     parts = []
     for start, length in footage.newest:
@@ -971,29 +872,23 @@ def translate_controller(agent: Agent, footage: Footage) -> Tensor:
     features = F.pad(torch.cat(parts), (0, 1), value=1.0)
     wishes = footage.rows[footage.newest[0, 0] :, 6:].double()
     square = features.T @ features + 1e-3 * len(features) * torch.eye(inputs + 1)
-    controller = torch.linalg.solve(square, features.T @ wishes).T
-    left = (features @ controller.T - wishes).square().mean() / wishes.var().clamp(min=1e-9)
-    tqdm.write(f"controller taken over to the new V and M; {left:.1%} of its wishes unexplained")
-    return controller.float()
+    return torch.linalg.solve(square, features.T @ wishes).T.float()
 
 
-@torch.no_grad()
 def dream_starts(journal: Journal, footage: Footage, generation: int) -> tuple[Tensor, Any]:
-    """Real places to start a dream from, all in the newest footage, since that is where C gets to: latents
+    """Places to start a dream from, in the newest footage, since that is where C gets to: latents
     (S, 32) and M's state, a pair of (1, S, 256), after up to 40 frames there."""
-    args, memory, device = journal.args, journal.agent.memory, journal.agent.controller.device
+    args, memory, device = journal.args, journal.agent.memory, journal.device
     chance = randomness(args.seed, journal.state["stage"]["round"], 4, generation)
-    places, hiddens, cells = [], [], []
+    places, states, zero = [], [], torch.zeros(1, 1, HIDDEN, device=device)
     for start, length in footage.newest[chance.choice(len(footage.newest), args.dream_starts)]:
         end = start + int(chance.random() * length)
-        hidden = cell = torch.zeros(1, 1, HIDDEN, device=device)
-        for t in range(max(start, end - 40), end):
-            z, action = footage.latents[t, None, None, :LATENTS], footage.rows[t, None, None, :3]
-            _, (hidden, cell) = memory(z.to(device), action.to(device), (hidden, cell))
+        seen = slice(max(start, end - 40), end)
+        z, actions = footage.latents[seen, None, :LATENTS], footage.rows[seen, None, :3]
+        states.append(memory(z.to(device), actions.to(device))[1] if len(z) else (zero, zero))
         places.append(footage.latents[end, :LATENTS])
-        hiddens.append(hidden)
-        cells.append(cell)
-    return torch.stack(places).to(device), (torch.cat(hiddens, 1), torch.cat(cells, 1))
+    hidden, cell = (torch.cat(parts, 1) for parts in zip(*states, strict=True))
+    return torch.stack(places).to(device), (hidden, cell)
 
 
 # --- Evaluation and films -------------------------------------------------------------------------
@@ -1024,43 +919,23 @@ def evaluate(args: Args, drivers: Drivers, checkpoint: dict, path: Path, folder:
         "frames": [result["frames"] for result in results],
         "finished": sum(result["finished"] for result in results),
     }
-    score = f"{figures['mean']:.1f} +- {std:.1f} (standard error {figures['standard_error']:.1f})"
-    print(f"CarRacing-v3: {score} over {len(seeds)} tracks, {figures['finished']} finished")
+    print(f"CarRacing-v3: {figures['mean']:.1f} +- {std:.1f} over {len(seeds)} tracks, {figures['finished']} finished")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    film_lap(args, seeds[best], results[best]["rows"][:, :3], folder / "best_lap.mp4")
-    print(f"written to {folder}/: evaluation.json, best_lap.mp4 (seed {seeds[best]})")
-
-
-def film_lap(args: Args, seed: int, actions: np.ndarray, path: Path) -> None:
-    """Plays actions (T, 3) on a track once more, at full size, with bars on the film for steering (from the
-    middle), gas (green) and brake (red)."""
-    import imageio.v2
-
     env = gym.make("CarRacing-v3", render_mode="rgb_array")
-    env.reset(seed=seed)
-    with imageio.v2.get_writer(path, fps=50 / args.action_repeat, macro_block_size=2) as video:
-        for action in actions:
-            picture = np.array(env.render())
-            left, right = sorted((78, 78 + round(60 * float(action[0]))))
-            gas, brake = (18 + round(120 * float(pedal)) for pedal in action[1:])
-            picture[12:68, 12:144] //= 3
-            picture[18:30, left : right + 1] = (255, 255, 255)
-            picture[36:46, 18:gas] = (90, 220, 90)
-            picture[52:62, 18:brake] = (230, 70, 60)
-            video.append_data(picture)
+    env.reset(seed=seeds[best])
+    with imageio.get_writer(folder / "best_lap.mp4", fps=50 / args.action_repeat, macro_block_size=2) as video:
+        for action in results[best]["rows"][:, :3]:
+            video.append_data(env.render())
             for _ in range(args.action_repeat):
                 env.step(action)
-    env.close()
+    print(f"written to {folder}/: evaluation.json, best_lap.mp4 (seed {seeds[best]})")
 
 
 @torch.no_grad()
 def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
-    """Writes dream.mp4, a film of reality, what V keeps of it and M's dream under the same actions, begun anew
-    every 100; and latents.png, V's picture of each latent from -3 to 3."""
-    import imageio.v2
-    import imageio.v3
-
+    """Writes dream.mp4, a film of reality, what V keeps of it and M's dream under the same actions,
+    begun anew every 100; and latents.png, V's picture of each latent from -3 to 3."""
     agent = Agent(args)
     load_weights(agent, checkpoint, path)
     folder.mkdir(parents=True)
@@ -1070,8 +945,7 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
     parts = torch.from_numpy(pictures).split(100)
     mu = torch.cat([agent.vision.encode(part)[0] for part in parts])[:, None]
     chance, state, dream_state = torch.Generator().manual_seed(args.seed), None, None
-    fps = 50 / args.action_repeat
-    with imageio.v2.get_writer(folder / "dream.mp4", fps=fps, macro_block_size=2) as video:
+    with imageio.get_writer(folder / "dream.mp4", fps=50 / args.action_repeat, macro_block_size=2) as video:
         for t in range(len(pictures)):
             awake = t < 30 or t % 100 == 30
             if awake:
@@ -1087,9 +961,8 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
     z[range(LATENTS), :, range(LATENTS)] = torch.linspace(-3, 3, 9)
     decoded = to_pictures(agent.vision.decode(z.flatten(0, 1)))
     grid = decoded.reshape(2, 16, 9, SIZE, SIZE, 3).transpose(1, 3, 0, 2, 4, 5)
-    imageio.v3.imwrite(folder / "latents.png", grid.reshape(16 * SIZE, -1, 3))
-    print(f"return {lap['return']:.1f} in the film (seed {args.eval_seed}, FastCarRacing)")
-    print(f"written to {folder}/: dream.mp4 (reality, what V keeps of it, M's dream), latents.png")
+    imageio.imwrite(folder / "latents.png", grid.reshape(16 * SIZE, -1, 3))
+    print(f"return {lap['return']:.1f}; reality, what V keeps of it and M's dream: {folder}/dream.mp4")
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -1100,33 +973,32 @@ LEARN |= {"dream": search_in_dream, "real": search_on_tracks}
 
 def train(args: Args, checkpoint: dict | None) -> None:
     """Runs the stages that have left no result yet, round by round. Raises UsageError, RunError."""
-    device = pick_device(args.device)
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(CORES)
     torch.manual_seed(args.seed)
     agent = Agent(args)
     name = args.name or time.strftime(f"carracing-seed{args.seed}-%Y%m%d-%H%M%S")
-    folder = args.resume or Path("runs") / name
-    go_on = f"type --resume {folder} to go on"
+    folder = args.resume or Path("runs", name)
+    best = folder / "best.pt"
+    if folder.exists() and not checkpoint:
+        raise UsageError(f"{folder} exists already: type --resume {folder} to go on, or another --name.")
 
-    # What is next, and where to go on: from last.pt, if it is of that stage, or the newest result
+    # What is due: the stages that have left no file yet
     names = [f"{stage}-{k + 1}" for k in range(args.rounds) for stage in list(LEARN)[:-1]]
     names.append(f"real-{args.rounds}")
-    due = [name for name in names if not (checkpoint and (folder / f"{name}.pt").exists())]
+    due = [name for name in names if not (folder / f"{name}.pt").exists()]
+    done = names[: len(names) - len(due)]
     wanted = due[0].split("-")[0] if due else "evaluate"
-    if wanted not in args.stages and not (folder / "best.pt").exists():
+    if wanted not in args.stages and not best.exists():
         raise UsageError(f"The next stage is {wanted}: add it to --stages.")
-    if checkpoint and "stage" not in checkpoint:
-        raise UsageError(f"{folder}/last.pt is not a run's: type another folder.")
-    if checkpoint and len(due) < len(names) and checkpoint["stage"].get("name") not in due[:1]:
-        checkpoint = load_result(args, folder, names[-len(due) - 1])
+
+    # Where to go on: from last.pt, if it is of the stage that is due, or from the newest file
+    if checkpoint and done and checkpoint["stage"]["name"] not in due[:1]:
+        checkpoint = load_checkpoint(folder / f"{done[-1]}.pt")
     if checkpoint:
         load_weights(agent, checkpoint, folder)
     elif args.init_from:
         load_weights(agent, load_checkpoint(args.init_from), args.init_from)
-    try:
-        folder.mkdir(parents=True, exist_ok=bool(checkpoint))
-    except FileExistsError:
-        raise UsageError(f"{folder} exists already: {go_on}, or another --name.") from None
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     journal = Journal(args, folder, agent.to(device), checkpoint or {})
 
     try:
@@ -1137,63 +1009,40 @@ def train(args: Args, checkpoint: dict | None) -> None:
             if journal.state["stage"].get("name") != name:
                 journal.state["stage"] = {"name": name, "round": int(round_), "step": 0}
             journal.save("last.pt")
-            if not LEARN[stage](journal):
-                print(f"{args.hours:g} hours are over: {go_on} with --hours {2 * args.hours:g}")
+            if LEARN[stage](journal):  # time is over
                 break
             journal.save(f"{name}.pt")
-        best = folder / "best.pt"
         if "evaluate" in args.stages and best.exists():
             evaluate(args, journal.drivers, load_checkpoint(best), best, folder)
-        print(f"done: type --evaluate {best} to drive other tracks, --dream {best} to see it dream")
-    except KeyboardInterrupt:
-        print(f"\nstopped; what was whole is saved: {go_on}")
-        raise
-    except (OSError, RunError) as error:  # a full or vanished disk, among others
-        raise RunError(f"{error} What was saved is whole: put that right and {go_on}.") from error
-    finally:
+    finally:  # however it ends
         journal.board.close()
-        journal.drivers.close()
-
-
-def stop(signum: int, frame: Any) -> None:
-    """Ctrl-C and SIGTERM end a run by an exception, so that `finally` can save what was learnt."""
-    raise KeyboardInterrupt(signum)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep large tensors' memory instead of handing it back each time: learning takes half the time."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        print(f"saved: type --resume {folder} to go on, --evaluate {best} or --dream {best} to see it")
 
 
 def main() -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
-    keep_freed_memory()
+    for number in (signal.SIGINT, signal.SIGTERM):  # they end a run by an exception
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         args = tyro.cli(Args, description=__doc__)
         path = args.evaluate or args.dream or (args.resume and args.resume / "last.pt")
-        checkpoint: Any = load_checkpoint(path) if path else None
+        checkpoint = load_checkpoint(path) if path else None
         if checkpoint:
             args = tyro.cli(Args, default=checkpoint["args"])  # what is typed wins
         elif args.quick:
             args = tyro.cli(Args, args=[*QUICK.split(), *sys.argv[1:]])
         folder = Path("runs") / time.strftime(f"{path and path.stem}-%Y%m%d-%H%M%S")  # for a film
         if args.evaluate:
-            with contextlib.closing(Drivers(args)) as drivers:
-                evaluate(args, drivers, checkpoint, args.evaluate, folder)
+            evaluate(args, Drivers(args.workers), checkpoint, args.evaluate, folder)
         elif args.dream:
             film_dream(args, checkpoint, args.dream, folder)
         else:
             train(args, checkpoint)
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, BrokenProcessPool, OSError) as error:  # such as a full disk
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt as interrupt:
-        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+    finally:
+        for process in multiprocessing.active_children():  # they may be in the middle of a rollout
+            process.kill()
 
 
 if __name__ == "__main__":
