@@ -150,7 +150,7 @@ def intervals(settings: Intervals) -> None:
 def search(wm: Any, args: Any, agent: Any, settings: Ablations) -> list[list[float]]:
     """Validations of the mean controller, [generation, frames, mean, standard error] each."""
     cmaes = wm.CMAES(torch.zeros_like(agent.controller), wm.SIGMA, args.population, args.seed)
-    drivers, driven, curve = wm.Drivers(args), 0, []
+    drivers, driven, curve = wm.Drivers(args.workers), 0, []
     job = {"limit": args.max_frames}
     for generation in itertools.count():
         over = driven >= settings.frames
@@ -162,7 +162,6 @@ def search(wm: Any, args: Any, agent: Any, settings: Ablations) -> list[list[flo
             curve.append([generation, driven, float(scores.mean()), float(scores.std() / len(scores) ** 0.5)])
             print(f"generation {generation}, {driven} frames: {scores.mean():.1f}", flush=True)
         if over:
-            drivers.close()
             return curve
         controllers = cmaes.ask()
         first = wm.TRAIN + args.seed * 10_000_000 + generation * args.tracks

@@ -13,7 +13,6 @@ and what random driving gets in the latter: the script's own, which collects the
 actions drawn evenly, each held as long as the agent's.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -76,15 +75,14 @@ def dream_speed(agent: wm.Agent, controllers: torch.Tensor, seconds: float) -> f
 
 def speed(settings: Speed) -> None:
     torch.manual_seed(0)
-    args = wm.Args(workers=CORES)
-    agent, controllers = wm.Agent(args), torch.randn(64, 3, 289) * 0.05
+    agent, controllers = wm.Agent(wm.Args()), torch.randn(64, 3, 289) * 0.05
     turns: dict[str, list[float]] = {name: [] for name in WORLDS}
-    with contextlib.closing(wm.Drivers(args)) as drivers:
-        for world in WORLDS.values():  # starts what starts once
-            loop_speed(drivers, agent, controllers, world, 0.1)
-        for number, name in common.in_turns(list(turns), settings.rounds):
-            turns[name].append(loop_speed(drivers, agent, controllers, WORLDS[name], settings.seconds))
-            print(f"round {number + 1}, {name}: {turns[name][-1]:.0f} frames/s", flush=True)
+    drivers = wm.Drivers(CORES)
+    for world in WORLDS.values():  # starts what starts once
+        loop_speed(drivers, agent, controllers, world, 0.1)
+    for number, name in common.in_turns(list(turns), settings.rounds):
+        turns[name].append(loop_speed(drivers, agent, controllers, WORLDS[name], settings.seconds))
+        print(f"round {number + 1}, {name}: {turns[name][-1]:.0f} frames/s", flush=True)
     fast = turns["FastCarRacing"]
     table = {}
     for name, rates in turns.items():
@@ -112,7 +110,7 @@ def drive_evenly(seed: int, repeat: int, limit: int) -> float:
 
 def worlds(settings: Worlds) -> None:
     checkpoint = wm.load_checkpoint(settings.checkpoint)
-    args = dataclasses.replace(checkpoint["args"], workers=CORES)
+    args = checkpoint["args"]
     agent = wm.Agent(args)
     wm.load_weights(agent, checkpoint, settings.checkpoint)
     seeds = range(settings.seed, settings.seed + settings.episodes)
@@ -120,11 +118,10 @@ def worlds(settings: Worlds) -> None:
     at_random = [{**job, "noise": (0, 0)} for job in jobs]
     drives = {f"the agent, {name}": (jobs, world) for name, world in WORLDS.items()}
     drives["random, as it collects"] = (at_random, wm.gymnasium_car_racing)
-    scores = {}
-    with contextlib.closing(wm.Drivers(args)) as drivers:
-        for name, (asked, world) in drives.items():
-            results = drivers.drive(agent, agent.controller[None], asked, world)
-            scores[name] = [result["return"] for result in results]
+    scores, drivers = {}, wm.Drivers(CORES)
+    for name, (asked, world) in drives.items():
+        results = drivers.drive(agent, agent.controller[None], asked, world)
+        scores[name] = [result["return"] for result in results]
     with multiprocessing.get_context("spawn").Pool(CORES) as pool:
         scores["random, evenly"] = pool.starmap(drive_evenly, [(i, args.action_repeat, settings.limit) for i in seeds])
     table = {}
