@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -56,7 +55,7 @@ def test_tracks_physics_and_rewards_are_gymnasiums():
 
 
 def test_pictures_are_near_gymnasiums():
-    """Many tracks, the zoom at the start, on and off the road, at the lawn's edge, turned every way."""
+    """Many tracks and places, the zoom at the start, on and off the road, at the lawn's edge."""
     rng, errors = np.random.default_rng(0), {"zoom": [], "drive": [], "anywhere": []}
     for seed in range(4):
         env = wm.FastCarRacing()
@@ -67,12 +66,8 @@ def test_pictures_are_near_gymnasiums():
                 errors["zoom" if t < 50 else "drive"].append(picture_error(env))
         for _ in range(8):  # without physics
             moved = rng.uniform(-1, 1, 2) * PLAYFIELD * 0.95 - np.array(env.car.hull.position)
-            turn = rng.uniform(-np.pi, np.pi)
-            rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-            centre = np.array(env.car.hull.position)
             for body in (env.car.hull, *env.car.wheels):
-                body.position = tuple(rotation @ (np.array(body.position) - centre) + centre + moved)
-                body.angle += turn
+                body.position = tuple(np.array(body.position) + moved)
             errors["anywhere"].append(picture_error(env))
     print({name: f"mean {np.mean(values):.2f}, worst {max(values):.2f}" for name, values in errors.items()})
     assert np.mean(errors["drive"]) < 1 and max(errors["drive"]) < 1.5
@@ -233,31 +228,30 @@ def rosenbrock(x):
     return (100 * (x[..., 1:] - x[..., :-1] ** 2) ** 2 + (1 - x[..., :-1]) ** 2).sum(-1)
 
 
-FUNCTIONS = {  # population, target, sigma
-    "sphere": (lambda x: (x**2).sum(-1), 10, 1e-9, 1.0),
-    "ellipsoid": (lambda x: (SLOPES * x**2).sum(-1), 10, 1e-9, 1.0),
-    "rosenbrock": (rosenbrock, 10, 1e-9, 0.1),
-    "rastrigin": (lambda x: (10 + x**2 - 10 * torch.cos(2 * math.pi * x)).sum(-1), 400, 1e-3, 2.0),
+FUNCTIONS = {  # and sigma
+    "sphere": (lambda x: (x**2).sum(-1), 1.0),
+    "ellipsoid": (lambda x: (SLOPES * x**2).sum(-1), 1.0),
+    "rosenbrock": (rosenbrock, 0.1),
 }
 
 
-def evaluations(function, population, target, sigma, seed, reference):
-    """Evaluations until a candidate is below the target, or infinity."""
-    start = np.random.default_rng(seed).uniform(-1, 1, 10) * (3 if population > 10 else 1)
-    search = wm.CMAES(torch.from_numpy(start), sigma, population, seed)
+def evaluations(function, sigma, seed, reference):
+    """Evaluations until a candidate is below 1e-9, or infinity."""
+    start = np.random.default_rng(seed).uniform(-1, 1, 10)
+    search = wm.CMAES(torch.from_numpy(start), sigma, 10, seed)
     if reference:
-        options = {"popsize": population, "seed": seed + 1, "verbose": -9, "tolfun": 0, "tolfunhist": 0}
+        options = {"popsize": 10, "seed": seed + 1, "verbose": -9, "tolfun": 0, "tolfunhist": 0}
         search = cma.CMAEvolutionStrategy(start, sigma, options | {"tolflatfitness": 99999})
-    for generation in range(1, (8000 if population < 20 else 48_000) // population):
+    for generation in range(1, 800):
         candidates = search.ask()
         costs = function(torch.as_tensor(np.stack(candidates) if reference else candidates).double())
-        if costs.min() < target:
-            return generation * population
+        if costs.min() < 1e-9:
+            return generation * 10
         search.tell(*([candidates, costs.tolist()] if reference else [costs]))
     return np.inf
 
 
-@pytest.mark.parametrize("name", ["sphere", "ellipsoid", "rosenbrock", pytest.param("rastrigin", marks=slow)])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_search_needs_as_many_evaluations_as_pycma(name):
     ours = [evaluations(*FUNCTIONS[name], seed, False) for seed in range(7)]
     theirs = [evaluations(*FUNCTIONS[name], seed, True) for seed in range(7)]
@@ -265,20 +259,6 @@ def test_search_needs_as_many_evaluations_as_pycma(name):
     ratio = np.median(np.sort(ours)[: min(solved)]) / np.median(np.sort(theirs)[: min(solved)])
     print(f"{name}: solved {solved} of 7, median evaluations {ratio:.2f} of pycma's")
     assert min(solved) >= 4 and abs(solved[0] - solved[1]) <= 3 and 0.8 < ratio < 1.25
-
-
-def test_a_restored_search_goes_on_as_if_never_stopped(tmp_path):
-    function = FUNCTIONS["ellipsoid"][0]
-    first, second = wm.CMAES(torch.ones(2, 5), 0.5, 12, seed=3), wm.CMAES(torch.zeros(2, 5), 9.0, 12, seed=3)
-    for _ in range(7):
-        first.tell(function(first.ask().flatten(1)))
-    torch.save(vars(first), tmp_path / "search.pt")
-    vars(second).update(load(tmp_path / "search.pt"))
-    for _ in range(9):
-        assert torch.equal(first.ask(), second.ask()) and first.ask().shape == (12, 2, 5)
-        for search in (first, second):
-            search.tell(function(search.ask().flatten(1)))
-    assert first.sigma == second.sigma and torch.equal(first.C, second.C)
 
 
 def test_the_controllers_size_has_hansens_defaults():
@@ -319,16 +299,6 @@ def test_giving_up_costs_what_standing_still_costs():
     aborted, stood = drive(2, jobs, controllers, wm.Agent(wm.Args()))
     assert aborted["frames"] == wm.GRACE + 2 and stood["frames"] == 150
     assert aborted["return"] == pytest.approx(stood["return"])
-
-
-class Evil:
-    """It runs a line of Python where it is unpickled."""
-
-    def __init__(self, line):
-        self.line = line
-
-    def __reduce__(self):
-        return (exec, (f"import os; {self.line}",))
 
 
 def alive(pids):
@@ -553,7 +523,7 @@ def test_mistakes_are_one_sentence(arguments, tmp_path, monkeypatch, capfd):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     torch.save({"args": {"seed": 1}, "agent": {"controller": torch.zeros(3)}}, tmp_path / "small.pt")
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil("open('trap', 'w')"), 2))
+    (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'touch trap'\ntR.")
     files = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     code, said = main(monkeypatch, capfd, *arguments.split())
