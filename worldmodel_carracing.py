@@ -265,7 +265,7 @@ def to_pictures(decoded: Tensor) -> np.ndarray:
 
 def vision_loss(decoded: Tensor, pictures: Tensor, mu: Tensor, logvar: Tensor) -> tuple:
     """Summed squared error plus KL divergence (Kingma & Welling 2014, appendix B) with a floor, and
-    the two: means over N. decoded: (N, 3, H, W) in [0, 1]; pictures: uint8 (N, H, W, 3)."""
+    the two: means over N. decoded: (N, 3, H, W) in [0, 1]; pictures: uint8 (N, H, W, 3); mu, logvar: (N, 32)."""
     error = (decoded - pictures.permute(0, 3, 1, 2) / 255).square().sum((1, 2, 3))
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
     return (error + kl.clamp(min=KL_FLOOR)).mean(), error.mean(), kl.mean()
@@ -294,7 +294,7 @@ class Memory(nn.Module):
 
 
 def mixture_nll(z: Tensor, log_pi: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:
-    """NLL (...) in nats of latents z (..., 32) under mixtures of 5, all (..., 32, 5) (Bishop 1994, eq. 29)."""
+    """NLL (...) in nats of latents z (..., 32) under Gaussian mixtures (..., 32, 5) (Bishop 1994, eq. 29)."""
     error = (z[..., None] - mu) * torch.exp(-log_sigma)
     log_prob = -0.5 * error.square() - log_sigma - 0.5 * math.log(2 * math.pi)
     return -torch.logsumexp(log_pi + log_prob, -1).sum(-1)
@@ -804,7 +804,7 @@ def validate(journal: Journal, cmaes: CMAES) -> dict:
     if "found" not in stage or score > stage["found"]["score"]:
         stage["found"] = {"controller": controller, "sigma": cmaes.sigma, "score": score, "step": stage["step"]}
     if all(score > earlier for _, earlier in state["scores"]):
-        weights = {name: tensor.half() for name, tensor in journal.agent.state_dict().items()}
+        weights = {name: tensor.half() for name, tensor in journal.agent.state_dict().items()}  # lossless
         weights["controller"] = controller
         journal.save("best.pt", agent=weights, stage={}, score=score)
     state["scores"].append([state["frames"], score])
