@@ -1430,6 +1430,7 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
     """A run's folder while no other process may write it; says then how to go on. Raises UsageError."""
     quoted = shlex.quote(str(folder))
     lock = filelock.FileLock(folder / ".lock", timeout=0)
+    made = [path for path in (folder, folder.parent) if not path.exists()]
     if int(os.environ.get("RANK", 0)) > 0:
         yield folder
         return
@@ -1450,6 +1451,9 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
             print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
+        for path in made:  # where nothing came of it they are empty
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def start() -> None:
@@ -1473,8 +1477,6 @@ def start() -> None:
                 evaluate(dataclasses.replace(args, track=(track,)), checkpoint, folder)
         return
     name = args.name or f"{'-'.join(args.track)}-seed{args.seed}-{now}"
-    make_agent(args, args.init_from and load_checkpoint(args.init_from))
-    load_teachers(args)  # both say what is wrong before anything is written
     with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
         train(args, folder)
 

@@ -14,6 +14,7 @@ second on, V and M see C's own driving.
 The first takes up to 7.4 hours; an earlier version scored 872 with --hours 1.62, on two cores.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -24,11 +25,12 @@ import math
 import multiprocessing
 import os
 import pickle
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +42,7 @@ if parent := multiprocessing.parent_process():  # a driving process ends with it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads would spin on the games' cores
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
+import filelock
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
@@ -77,7 +80,15 @@ BOUNDS = {  # the least and the most that may be typed, and for what
     (0.01, 10): "temperature",
 }
 Stage = Literal["collect", "vision", "memory", "dream", "real", "evaluate"]
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: by its affinity, its container's quota and OMP_NUM_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
 
 
 @dataclasses.dataclass
@@ -96,7 +107,7 @@ class Args:
     eval_episodes: int = 100  # tracks per evaluation
     eval_seed: int = 1000  # seed of the first evaluation track; the others follow
     eval_interval: int = 10  # generations between the mean controller's validations
-    workers: int = CORES  # driving processes
+    workers: int = usable_cores()  # driving processes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn; auto takes a GPU
 
     # Collect, V and M
@@ -545,14 +556,19 @@ class Drivers:
         self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
 
     def drive(self, agent: Agent, controllers: Tensor, jobs: list, make: Callable = FastCarRacing) -> list:
-        """The results of `drive` with the agent's V and M. Raises BrokenProcessPool."""
+        """The results of `drive` with the agent's V and M. Raises RunError."""
         # Bytes travel whole; of a tensor only a file descriptor would, and those are few
         networks = pickle.dumps((copy.deepcopy(agent).cpu(), controllers.cpu()))
         shares = [(networks, jobs[i :: self.workers], make) for i in range(self.workers)]
         results = [{} for _ in jobs]
-        for i, answer in enumerate(self.pool.map(drive_share, shares)):
-            results[i :: self.workers] = answer
-        return results
+        for _ in range(3):
+            try:
+                for i, answer in enumerate(self.pool.map(drive_share, shares)):
+                    results[i :: self.workers] = answer
+                return results
+            except BrokenProcessPool:  # one has died: all drive once more, to the same results
+                self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
+        raise RunError("A driving process died 3 times in a row: type fewer --workers.")
 
 
 # --- Save and load --------------------------------------------------------------------------------
@@ -579,6 +595,37 @@ def load_checkpoint(path: Path) -> dict:
         raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
     except Exception as error:  # whatever may be in a file
         raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
+    """A run's folder while no other process may write it; says then how to go on. Raises UsageError."""
+    quoted = shlex.quote(str(folder))
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    made = [path for path in (folder, folder.parent) if not path.exists()]
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=resumed)
+        lock.acquire()
+    except FileExistsError:
+        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
+    except filelock.Timeout:
+        raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
+    except OSError as error:
+        hint = "start it in another folder."
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): {hint}") from error
+    try:
+        yield folder
+    finally:
+        if (folder / "last.pt").exists():
+            print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+        for path in made:  # where nothing came of it they are empty
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def load_weights(agent: Agent, checkpoint: dict, path: Path) -> None:
@@ -634,6 +681,14 @@ def randomness(*numbers: int) -> np.random.Generator:
     return generator
 
 
+def open_pictures(folder: Path, filled: int, count: int, mode: str) -> np.ndarray:
+    """The run's footage, uint8 (count, 64, 64, 3), of which so many are there. Raises UsageError."""
+    path = folder / "pictures.bin"
+    if filled and (not path.exists() or path.stat().st_size < filled * SIZE * SIZE * 3):
+        raise UsageError(f"{path} is not whole: type another --name to begin again.")
+    return np.memmap(path, np.uint8, mode, shape=(count, SIZE, SIZE, 3))
+
+
 def collect(journal: Journal) -> None:
     """Drives and films: at random in the first round, then with C, disturbed two of three times."""
     args, stage, controller = journal.args, journal.state["stage"], journal.agent.controller
@@ -641,9 +696,9 @@ def collect(journal: Journal) -> None:
     earlier = journal.result("collect", round_ - 1)["rows"] if round_ > 1 else torch.zeros(0, COLUMNS)
     if stage["step"] == 0:
         stage |= {"episodes": 0, "rows": torch.cat([earlier, torch.zeros(args.collect_frames, COLUMNS)])}
-    rows, first, path = stage["rows"], len(earlier), journal.folder / "pictures.bin"
-    mode = "r+" if first + stage["step"] else "w+"
-    pictures = np.memmap(path, np.uint8, mode, shape=(len(rows), SIZE, SIZE, 3))
+    rows, first = stage["rows"], len(earlier)
+    filled = first + stage["step"]
+    pictures = open_pictures(journal.folder, filled, len(rows), "r+" if filled else "w+")
     limit = min(300 if at_random else 1000, args.max_frames)
     while first + stage["step"] < len(rows):
         jobs = []
@@ -718,8 +773,8 @@ def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None
 def learn_vision(journal: Journal) -> None:
     """Fits V to all the footage, and keeps what it then sees there."""
     vision, stage, device = journal.agent.vision, journal.state["stage"], journal.device
-    frames, path = len(journal.result("collect", stage["round"])["rows"]), journal.folder / "pictures.bin"
-    footage = np.memmap(path, np.uint8, "r", shape=(frames, SIZE, SIZE, 3))
+    frames = len(journal.result("collect", stage["round"])["rows"])
+    footage = open_pictures(journal.folder, frames, frames, "r")
 
     def minibatch(step: int, chance: np.random.Generator) -> tuple[Tensor, ...]:
         noise = torch.randn(100, LATENTS).to(device)
@@ -920,7 +975,6 @@ def evaluate(args: Args, drivers: Drivers, checkpoint: dict, path: Path, folder:
         "finished": sum(result["finished"] for result in results),
     }
     print(f"CarRacing-v3: {figures['mean']:.1f} +- {std:.1f} over {len(seeds)} tracks, {figures['finished']} finished")
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     env = gym.make("CarRacing-v3", render_mode="rgb_array")
     env.reset(seed=seeds[best])
@@ -938,7 +992,6 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
     begun anew every 100; and latents.png, V's picture of each latent from -3 to 3."""
     agent = Agent(args)
     load_weights(agent, checkpoint, path)
-    folder.mkdir(parents=True)
     job = {"seed": args.eval_seed, "controller": 0, "limit": args.max_frames, "film": True}
     (lap,) = drive([FastCarRacing()], agent, agent.controller[None], [job])
     pictures, actions = lap["pictures"], torch.from_numpy(lap["rows"][:, None, :3])
@@ -971,16 +1024,12 @@ LEARN = {"collect": collect, "vision": learn_vision, "memory": learn_memory}
 LEARN |= {"dream": search_in_dream, "real": search_on_tracks}
 
 
-def train(args: Args, checkpoint: dict | None) -> None:
+def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
     """Runs the stages that have left no result yet, round by round. Raises UsageError, RunError."""
-    torch.set_num_threads(CORES)
+    torch.set_num_threads(usable_cores())
     torch.manual_seed(args.seed)
     agent = Agent(args)
-    name = args.name or time.strftime(f"carracing-seed{args.seed}-%Y%m%d-%H%M%S")
-    folder = args.resume or Path("runs", name)
     best = folder / "best.pt"
-    if folder.exists() and not checkpoint:
-        raise UsageError(f"{folder} exists already: type --resume {folder} to go on, or another --name.")
 
     # What is due: the stages that have left no file yet
     names = [f"{stage}-{k + 1}" for k in range(args.rounds) for stage in list(LEARN)[:-1]]
@@ -1016,28 +1065,38 @@ def train(args: Args, checkpoint: dict | None) -> None:
             evaluate(args, journal.drivers, load_checkpoint(best), best, folder)
     finally:  # however it ends
         journal.board.close()
-        print(f"saved: type --resume {folder} to go on, --evaluate {best} or --dream {best} to see it")
+
+
+def start() -> None:
+    """Reads the command line, then drives or dreams with a checkpoint, or learns. Raises UsageError, RunError."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume and args.resume.is_file():
+        args.resume = args.resume.parent
+    folder, now = args.resume, time.strftime("%Y%m%d-%H%M%S")
+    path = args.evaluate or args.dream or (folder and folder / "last.pt")
+    checkpoint = load_checkpoint(path) if path else None
+    if checkpoint:
+        args = tyro.cli(Args, default=checkpoint["args"])  # what is typed wins
+    elif args.quick:
+        args = tyro.cli(Args, args=[*QUICK.split(), *sys.argv[1:]])
+    if args.evaluate:
+        with hold_folder(Path("runs", f"{path.stem}-{now}"), False) as folder:
+            evaluate(args, Drivers(args.workers), checkpoint, path, folder)
+    elif args.dream:
+        with hold_folder(Path("runs", f"{path.stem}-{now}"), False) as folder:
+            film_dream(args, checkpoint, path, folder)
+    else:
+        name = args.name or f"carracing-seed{args.seed}-{now}"
+        with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+            train(args, checkpoint, folder)
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they end a run by an exception
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # a run then saves
     try:
-        args = tyro.cli(Args, description=__doc__)
-        path = args.evaluate or args.dream or (args.resume and args.resume / "last.pt")
-        checkpoint = load_checkpoint(path) if path else None
-        if checkpoint:
-            args = tyro.cli(Args, default=checkpoint["args"])  # what is typed wins
-        elif args.quick:
-            args = tyro.cli(Args, args=[*QUICK.split(), *sys.argv[1:]])
-        folder = Path("runs") / time.strftime(f"{path and path.stem}-%Y%m%d-%H%M%S")  # for a film
-        if args.evaluate:
-            evaluate(args, Drivers(args.workers), checkpoint, args.evaluate, folder)
-        elif args.dream:
-            film_dream(args, checkpoint, args.dream, folder)
-        else:
-            train(args, checkpoint)
-    except (UsageError, RunError, BrokenProcessPool, OSError) as error:  # such as a full disk
+        start()
+    except (UsageError, RunError, OSError) as error:  # such as a full disk
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     finally:

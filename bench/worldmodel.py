@@ -16,7 +16,6 @@ actions drawn evenly, each held as long as the agent's.
 import dataclasses
 import itertools
 import multiprocessing
-import os
 import statistics
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ import tyro
 
 import worldmodel_carracing as wm
 
-CORES = len(os.sched_getaffinity(0))
+CORES = wm.usable_cores()
 WORLDS = {"FastCarRacing": wm.FastCarRacing, "Gymnasium's": wm.gymnasium_car_racing}
 
 

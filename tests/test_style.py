@@ -21,7 +21,7 @@ LSTM = """
     evaluate make_agent save load_checkpoint next_lesson exam collect snapshot load_teachers ask_teachers usable_cores
     hold_folder main
 """
-ALL_THREE = "UsageError RunError save"
+ALL_THREE = "UsageError RunError save usable_cores hold_folder"
 
 
 def definitions(script):
