@@ -1618,7 +1618,8 @@ def train(args: Args, folder: Path) -> Agent:
         if writer and not checkpoint:
             save(last, folder / "last.pt")
         steps = min(args.total_timesteps, TEACHER_STEPS)
-        theirs = dataclasses.replace(args, observe="state", total_timesteps=steps)
+        changes: dict[str, Any] = {"observe": "state", "total_timesteps": steps, "epochs": 2 * args.epochs}
+        theirs = dataclasses.replace(args, **changes)
         teachers = [train(theirs, folder / "teacher")]
     try:
         while run["iteration"] < num_iterations:
