@@ -1609,8 +1609,6 @@ def train(args: Args, folder: Path) -> Agent:
     writer: Any = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     if writer:
         writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
-    bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
-    bar.set_description("teacher" if args.observe == "state" else None)
     games: dict[str, Any] = {"envs": None, "shown": None}
     last = snapshot(args, agent, optimizer, run)  # the last whole iteration
     saved_at = time.time()
@@ -1621,6 +1619,8 @@ def train(args: Args, folder: Path) -> Agent:
         changes: dict[str, Any] = {"observe": "state", "total_timesteps": steps, "epochs": 2 * args.epochs}
         theirs = dataclasses.replace(args, **changes)
         teachers = [train(theirs, folder / "teacher")]
+    bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
+    bar.set_description("teacher" if args.observe == "state" else None)
     try:
         while run["iteration"] < num_iterations:
             # Anneal: the step size and the exploration fall linearly to zero

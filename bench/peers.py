@@ -122,7 +122,7 @@ def give_weights(agent: nn.Module, other: nn.Module) -> None:
 def play_ours(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     envs = ppo_tuxkart.make_envs(args, args.num_envs)
-    now = ppo_tuxkart.reset_games(envs, agent, range(args.seed, args.seed + args.num_envs))
+    now = ppo_tuxkart.reset_games(envs, range(args.seed, args.seed + args.num_envs))
     size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // size
     for iteration in range(iterations):

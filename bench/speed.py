@@ -23,6 +23,7 @@ makes what calls much Python slower than it is.
 """
 
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import shlex
@@ -73,6 +74,8 @@ def start(settings: Speed, turn: tuple[Path, int], folder: Path, iterations: int
     total = iterations * settings.num_envs * settings.num_steps
     command += [str(script), "--name", "speed", "--eval-interval", "0", *shlex.split(settings.options)]
     command += common.flags(num_envs=settings.num_envs // ranks, num_steps=settings.num_steps, total_timesteps=total)
+    if "--observe" not in command and "load_teachers" in script.read_text():
+        command += ["--teacher", "none"]
     init_from = settings.init_from and settings.init_from.resolve()
     command += common.flags(track=settings.track, engine=settings.engine, init_from=init_from)
     with (folder / "said").open("w") as said:
@@ -144,7 +147,8 @@ def bare_game(settings: Speed, drawing: bool, ready: Any, counts: Any) -> None:
     import ppo_tuxkart
 
     versions, _ = ppo_tuxkart.find_game(settings.engine)
-    stk = ppo_tuxkart.import_engine(versions["engine"], alone=True)
+    os.environ["TUXKART_ALONE"] = "1"
+    stk = importlib.import_module(versions["engine"])
     game = ppo_tuxkart.Game()
     graphics = stk.GraphicsConfig.ld() if drawing else stk.GraphicsConfig.none()
     graphics.screen_width, graphics.screen_height = game.width, game.height
