@@ -503,12 +503,14 @@ def private_home(engine: str) -> dict[str, str]:
         return {}
     home = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
     home.mkdir(exist_ok=True)
+    if sys.platform != "linux":
+        return {"SUPERTUXKART_SAVEDIR": str(home)}
     if engine == "pystk2":  # it looks for its assets below XDG_CACHE_HOME
         assets = find_pystk2_assets().parent
         assets.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # another process has just done it
-            (home / assets.name).unlink(missing_ok=True)
-            (home / assets.name).symlink_to(assets)
+        link = home / f"assets-{os.getpid()}"
+        link.symlink_to(assets)
+        os.replace(link, home / assets.name)  # at once, since another game may start now
     places = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
     return dict.fromkeys(("SUPERTUXKART_SAVEDIR", *places), str(home))
 
