@@ -1010,8 +1010,8 @@ class TuxKartEnv(gym.Env):
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
         self.advance(self.game.step_size, self.stk.Action(**told))
-        self.held = controls
-        self.drifted = controls["drift"] * (self.drifted + self.game.step_size)
+        self.held = {"drift": False, "nitro": False, **controls}
+        self.drifted = self.held["drift"] * (self.drifted + self.game.step_size)
         return controls
 
     def advance(self, seconds: float, action: Any = None) -> None:

@@ -118,6 +118,16 @@ def test_what_a_teacher_is_told():
     np.testing.assert_allclose(told["items"], [-0.1, -0.2, -0.4, 0, 0.2, 1.5, 0.8, 2], rtol=1e-5)
 
 
+@in_own_process
+def test_every_set_of_actions_has_a_state():
+    for name in ACTIONS:
+        env = TuxKartEnv(observe="state", actions=name)
+        env.action_space.seed(0)
+        env.reset(seed=0)
+        for _ in range(5):
+            assert env.observation_space.contains(env.step(env.action_space.sample())[0])
+
+
 def test_a_mirrored_kart_is_told_the_mirrored_state():
     here = state_at(bent_track(), [2.0, 0.0, 70.0], 0.2, (1.0, 0.0, 9.0), (((3, 0, 80),), ()), steer=0.5)
     there = state_at(bent_track(True), [-2.0, 0.0, 70.0], -0.2, (-1.0, 0.0, 9.0), (((-3, 0, 80),), ()), steer=-0.5)

@@ -112,7 +112,7 @@ def test_every_command_runs(page, line, cwd):
     if "<name>" in line:
         newest = max((cwd / "runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
         line = line.replace("<name>", newest.parent.name)
-    program, *words = shlex.split(line)
+    program, *words = shlex.split(line, comments=True)
     script = next(word for word in words if word.endswith(".py"))
     before, after = words[: words.index(script)], words[words.index(script) + 1 :]
     mode = next((flag for flag in ("--evaluate", "--dream", "--summary") if flag in after), "")
