@@ -1618,7 +1618,8 @@ def train(args: Args, folder: Path) -> Agent:
         if writer and not checkpoint:
             save(last, folder / "last.pt")
         steps = min(args.total_timesteps, TEACHER_STEPS)
-        changes: dict[str, Any] = {"observe": "state", "total_timesteps": steps, "epochs": 2 * args.epochs}
+        changes: dict[str, Any] = {"observe": "state", "init_from": None, "total_timesteps": steps}
+        changes["epochs"] = 2 * args.epochs  # of a small network they cost little
         theirs = dataclasses.replace(args, **changes)
         teachers = [train(theirs, folder / "teacher")]
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
