@@ -1100,7 +1100,7 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
     and mosaic.mp4, up to 16 races side by side, black when they are over."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(aspect="equal", title=races[0]["track"])
-    axes.plot(*races[0]["geometry"].nodes[:, :, [0, 2]].T, color="lightgray", linewidth=6)
+    axes.plot(*races[0]["geometry"].nodes[:, :, [0, 2]].T, color="lightgray", linewidth=6, zorder=0)
     for run in [run for run in races if run["track"] == races[0]["track"]]:
         _, x, _, z, speed = np.array(run["trail"]).T
         dots = axes.scatter(x, z, c=speed, s=2, cmap="coolwarm", vmin=0, vmax=30)

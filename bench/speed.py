@@ -147,7 +147,8 @@ def bare_game(settings: Speed, drawing: bool, ready: Any, counts: Any) -> None:
     import ppo_tuxkart
 
     versions, _ = ppo_tuxkart.find_game(settings.engine)
-    os.environ["TUXKART_ALONE"] = "1"
+    hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"  # as the script does
+    os.environ.update(TUXKART_ALONE="1", LP_NUM_THREADS="0", MESA_EXTENSION_OVERRIDE=hidden)
     stk = importlib.import_module(versions["engine"])
     game = ppo_tuxkart.Game()
     graphics = stk.GraphicsConfig.ld() if drawing else stk.GraphicsConfig.none()
