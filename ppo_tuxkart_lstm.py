@@ -225,7 +225,7 @@ class StateAgent(Agent):
     """Two perceptrons without a memory. forward: float states (B, S) -> what `Agent` returns."""
 
     def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # without the layers of `Agent`
         self.nvec = [int(n) for n in nvec]
         sizes = (sum(self.nvec), 0.01), (1, 1.0)
         self.policy, self.value = (
@@ -737,7 +737,7 @@ class TuxKartEnv(gym.Env):
         self.limit = max(LAP_SECONDS * self.game.laps, slowest) if self.from_line else 30.0
         self.started_at = self.best_at = self.world.time
         self.progress = self.best = self.speed = self.off_track_seconds = self.drifted = 0.0
-        self.held: dict[str, Any] = dict.fromkeys(("steer", "acceleration", "brake", "drift", "nitro"), 0)
+        self.held: dict[str, Any] = {"steer": 0.0, "nitro": False}  # the last decision's controls
         self.returns = dict.fromkeys(self.weights, 0.0)
         self.trail: list[tuple[float, ...]] = []  # (clock, x, y, z, speed) after every decision
         self.frames = np.repeat(self.picture[None], self.game.frame_stack, 0)  # (K, 3, H, W)
@@ -1031,7 +1031,7 @@ def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool =
 
 
 def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
-    """A race a game. Returns their infos, with seed, actions (T, A) and obs (T, ...)."""
+    """A race a game. Returns their infos, with seed, actions (T, A) and pictures, uint8 (T, 3, H, W)."""
     shown = reset_games(envs, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
@@ -1046,7 +1046,7 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
         steps = len(info["trail"])
         info["seed"] = seeds[i]
         info["actions"] = torch.cat([data["actions"][:, i] for data in pieces])[:steps].cpu()
-        info["obs"] = torch.cat([data["obs"][:, i] for data in pieces])[:steps].cpu()
+        info["pictures"] = torch.cat([data["obs"][:, i, -3:] for data in pieces])[:steps].cpu()
     return [races[i] for i in range(len(seeds))]
 
 
@@ -1108,10 +1108,10 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
     figure.colorbar(dots, label="m/s")
     figure.savefig(folder / "map.png")
 
-    if races[0]["obs"].ndim < 4:  # nothing was drawn
+    if races[0]["pictures"].ndim < 4:  # nothing was drawn
         return
     columns = math.ceil(min(len(races), 16) ** 0.5)
-    film = nn.utils.rnn.pad_sequence([run["obs"][:, -3:] for run in races[:16]])  # (T, races, 3, H, W)
+    film = nn.utils.rnn.pad_sequence([run["pictures"] for run in races[:16]])  # (T, races, 3, H, W)
     missing = film.new_zeros(len(film), -film.shape[1] % columns, *film.shape[2:])
     film = torch.cat([film, missing], 1).unflatten(1, (-1, columns))  # (T, rows, columns, 3, H, W)
     film = film.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # (T, rows * H, columns * W, 3)
@@ -1340,9 +1340,8 @@ def train(args: Args, folder: Path) -> Agent:
         if writer and not checkpoint:
             save(last, folder / "last.pt")
         steps = min(args.total_timesteps, TEACHER_STEPS)
-        changes: dict[str, Any] = {"observe": "state", "init_from": None, "total_timesteps": steps}
-        changes["epochs"] = 2 * args.epochs  # of a small network they cost little
-        theirs = dataclasses.replace(args, **changes)
+        theirs = dataclasses.replace(args, observe="state", init_from=None, total_timesteps=steps)
+        theirs.epochs = 2 * args.epochs  # of a small network they cost little
         teachers = [train(theirs, folder / "teacher")]
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
     bar.set_description("teacher" if args.observe == "state" else None)

@@ -1079,12 +1079,12 @@ def start() -> None:
         args = tyro.cli(Args, default=checkpoint["args"])  # what is typed wins
     elif args.quick:
         args = tyro.cli(Args, args=[*QUICK.split(), *sys.argv[1:]])
-    if args.evaluate:
+    if args.evaluate or args.dream:
         with hold_folder(Path("runs", f"{path.stem}-{now}"), False) as folder:
-            evaluate(args, Drivers(args.workers), checkpoint, path, folder)
-    elif args.dream:
-        with hold_folder(Path("runs", f"{path.stem}-{now}"), False) as folder:
-            film_dream(args, checkpoint, path, folder)
+            if args.evaluate:
+                evaluate(args, Drivers(args.workers), checkpoint, path, folder)
+            else:
+                film_dream(args, checkpoint, path, folder)
     else:
         name = args.name or f"carracing-seed{args.seed}-{now}"
         with hold_folder(folder or Path("runs", name), bool(folder)) as folder:

@@ -161,6 +161,12 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
+def iteration_seconds(curves: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Decisions after each of a run's iterations, and the seconds that it took, its evaluation included."""
+    steps, rates = np.array(curves["charts/SPS"]).T
+    return steps, np.diff(steps, prepend=0) / rates
+
+
 def as_text(value: Any) -> str:
     """A cell of a table: numbers with three digits or more."""
     if not isinstance(value, float):

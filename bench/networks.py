@@ -19,7 +19,6 @@ import statistics
 from pathlib import Path
 
 import common
-import numpy as np
 import tyro
 
 FULL = "--num-envs 1 --num-steps 2 --num-minibatches 1 --epochs 1 --eval-interval 0"
@@ -66,8 +65,7 @@ def main(settings: Networks) -> None:
         found = common.read_curves(settings.folder / "runs" / run)
         curves[name] = {tag: found.get(tag, []) for tag in ("charts/progress", "charts/finished")}
         last = {tag: curve[-1][1] for tag, curve in found.items()}
-        steps, rates = np.array(found["charts/SPS"]).T
-        seconds = np.diff(steps, prepend=0) / rates  # of each iteration
+        steps, seconds = common.iteration_seconds(found)
         table[name] = {
             "of the lap": last.get("charts/progress"),
             "finished": last.get("charts/finished"),

@@ -84,7 +84,7 @@ def main(settings: School) -> None:
         sys.exit("Weights fit no other set of actions: type --actions with nothing after it.")
     trainings = {f"reward {name}": ["--reward", name] for name in rewards}
     trainings.update({f"actions {name}": ["--actions", name] for name in actions})
-    general = common.flags(track=settings.track, total_timesteps=settings.decisions, eval_interval=0)
+    general = common.flags(track=settings.track, total_timesteps=settings.decisions, eval_interval=0, teacher="none")
     general += shlex.split(settings.options)
     checkpoints = {}
     if settings.init_from:

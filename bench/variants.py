@@ -34,8 +34,8 @@ class Variants:
 def measure(run: Path, settings: Variants) -> dict:
     """What one run reached, and when."""
     curves = common.read_curves(run)
-    steps, rates = np.array(curves["charts/SPS"]).T
-    minutes = (np.diff(steps, prepend=0) / rates / 60).cumsum()
+    steps, seconds = common.iteration_seconds(curves)
+    minutes = seconds.cumsum() / 60
     evaluations = []
     for (step, finished), (_, median) in zip(curves["eval/finished"], curves["eval/median"], strict=True):
         minute = float(minutes[np.searchsorted(steps, step)])

@@ -17,7 +17,7 @@ NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # script: its lines (None: 100 more than ppo_tuxkart.py), flags, definitions, the line before which its network begins
 SCRIPTS = {
-    "ppo_tuxkart": (1100, 40, 65, 550),
+    "ppo_tuxkart": (1100, 40, 60, 550),
     "ppo_tuxkart_resnet": (1350, 50, None, None),
     "ppo_tuxkart_lstm": (None, 40, None, None),
     "worldmodel_carracing": (1090, 32, None, None),
@@ -28,6 +28,7 @@ SCRIPTS = {
 NOT_YET = {
     "ppo_tuxkart.py, lines": 1476,
     "ppo_tuxkart.py, definitions": 76,
+    "bench/*.py, lines": 1589,
     "worldmodel_carracing.py, lines": 1108,
     "ppo_tuxkart_resnet.py, lines": 1786,
 }
@@ -92,7 +93,7 @@ def measure() -> dict[str, tuple[float, float]]:
     readme = (ROOT / "README.md").read_bytes()
     found["README.md, lines"] = (readme.count(b"\n"), 230)
     found["README.md, bytes"] = (len(readme), 16 * 1024)
-    for folder, most in (("tests", 2700), ("bench", 1600)):
+    for folder, most in (("tests", 2700), ("bench", 1500)):
         counts = [file.read_bytes().count(b"\n") for file in (ROOT / folder).glob("**/*.py")]
         found[f"{folder}/*.py, lines"] = (sum(counts), most)
     files = [file.stat().st_size for file in (ROOT / "bench" / "results").rglob("*") if file.is_file()]

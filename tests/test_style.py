@@ -12,14 +12,14 @@ TWINS = """
     govern drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
     private_home TrackGeometry TuxKartEnv make_envs end_games reset_games rollout race race_all summarize show_races
     film_race evaluate save load_checkpoint next_lesson exam snapshot load_teachers ask_teachers usable_cores
-    hold_folder
+    hold_folder main
 """
 LSTM = """
     UsageError RunError orthogonal evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks govern
     drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
     private_home TrackGeometry TuxKartEnv make_env make_envs end_games race race_all summarize show_races film_race
     evaluate make_agent save load_checkpoint next_lesson exam collect snapshot load_teachers ask_teachers usable_cores
-    hold_folder main
+    hold_folder start main
 """
 ALL_THREE = "UsageError RunError save usable_cores hold_folder"
 

@@ -55,7 +55,7 @@ def test_tracks_physics_and_rewards_are_gymnasiums():
 
 
 def test_pictures_are_near_gymnasiums():
-    """Many tracks and places, the zoom at the start, on and off the road, at the lawn's edge."""
+    """Many tracks, the zoom at the start, on and off the road, at the lawn's edge, turned every way."""
     rng, errors = np.random.default_rng(0), {"zoom": [], "drive": [], "anywhere": []}
     for seed in range(4):
         env = wm.FastCarRacing()
@@ -66,8 +66,12 @@ def test_pictures_are_near_gymnasiums():
                 errors["zoom" if t < 50 else "drive"].append(picture_error(env))
         for _ in range(8):  # without physics
             moved = rng.uniform(-1, 1, 2) * PLAYFIELD * 0.95 - np.array(env.car.hull.position)
+            turn = rng.uniform(-np.pi, np.pi)
+            rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+            centre = np.array(env.car.hull.position)
             for body in (env.car.hull, *env.car.wheels):
-                body.position = tuple(np.array(body.position) + moved)
+                body.position = tuple(rotation @ (np.array(body.position) - centre) + centre + moved)
+                body.angle += turn
             errors["anywhere"].append(picture_error(env))
     print({name: f"mean {np.mean(values):.2f}, worst {max(values):.2f}" for name, values in errors.items()})
     assert np.mean(errors["drive"]) < 1 and max(errors["drive"]) < 1.5
