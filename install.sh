@@ -26,8 +26,8 @@ case "$*" in
     *) die "There is no option \`$*\`: type \`./install.sh\` or \`./install.sh --engine pystk2\`." ;;
 esac
 [ "${engines[0]}" = pystk2 ] || to_run+=(libegl-dev) # for the name libEGL.so, which the original engine opens
-mkdir -p "$cache/wheels"
-: >"$log"
+{ mkdir -p "$cache/wheels" && : >"$log"; } 2>/dev/null ||
+    die "$cache cannot be written: type \`HOME=/a/folder ./install.sh\`, with a folder that can."
 
 apt_install() { # NAME...: those that are missing
     local name status sudo=() missing=()
@@ -51,14 +51,15 @@ version() { # NAME: of that package in .venv, or nothing
 
 # --- Python, the system's packages, .venv
 
+command -v dpkg-query >>"$log" || die "This is neither Debian nor Ubuntu: install Mesa's EGL and SuperTuxKart with" \
+    "your system's tools, then type \`pip install -r requirements.txt\`."
+[ -n "${PYTHON:-$(command -v python3)}" ] || apt_install python3-venv || true # and it brings python3
 for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11} ""; do
     series=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>>"$log") || continue
     [[ $series =~ ^3\.1[1-4]$ ]] && break
 done
 [ -n "$python" ] || die "Python 3.11 to 3.14 is needed${PYTHON:+, which $PYTHON is not}: type" \
     "\`sudo apt-get install python3.11 python3.11-venv\`, or \`PYTHON=/path/to/python3.12 ./install.sh\`."
-command -v dpkg-query >>"$log" || die "This is neither Debian nor Ubuntu: install Mesa's EGL and SuperTuxKart with" \
-    "your system's tools, then type \`pip install -r requirements.txt\`."
 "$python" -c 'import ensurepip' 2>>"$log" || to_run+=("python$series-venv")
 if ! apt_install "${to_run[@]}"; then
     apt-cache show supertuxkart-data >>"$log" 2>&1 ||
@@ -81,7 +82,7 @@ torch=$(sed -n 's/^torch==//p' requirements.txt)
 if [[ $(version torch) != "$torch"* ]] && ! quietly nvidia-smi -L; then
     say "installing PyTorch $torch for the CPU ..."
     pip_install --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" ||
-        die "PyTorch could not be installed (see $log): check the network, then type \`./install.sh\`."
+        say "PyTorch's own index does not answer (see $log), so PyPI's build for GPUs comes: some GB more ..."
 fi
 [ -n "$(version tyro)" ] || say "installing requirements.txt ..."
 pip_install -r requirements.txt ||
@@ -184,9 +185,8 @@ for _ in range(200):
     if terminated or truncated:
         env.reset()
 env.close()
-found = env.versions
-line = f"{found['engine']} {found['engine_version']}, assets {found['assets']}, {renderer}, "
-os.write(3, f"{line}{200 / seconds:.0f} decisions/s at 64x64\n".encode())
+line = "{engine} {engine_version}, assets {assets}".format(**env.versions)
+os.write(3, f"{line}, {renderer}, {200 / seconds:.0f} decisions/s at 64x64\n".encode())
 EOF
 }
 

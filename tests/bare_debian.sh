@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2329 # called through step
-# Follows the README on a bare Debian: a root with Python and nothing else, a clone of HEAD, the README's two commands
-# inside, each timed. By hand, as root, with debootstrap and git; needs the network and about 6 GB of disk.
+# Follows the README on a bare Debian or Ubuntu: a root with its smallest set of packages and certificates, a clone of
+# HEAD, the README's two commands inside, each timed, and how long it takes from nothing to the first decision of a
+# training. By hand, as root, with debootstrap and git; needs the network and about 6 GB of disk.
 #
 #   tests/bare_debian.sh                  everything, the build of the engine included
 #   tests/bare_debian.sh --reuse-wheels   with the engine's wheel from this user's cache, or built and put there
+#   tests/bare_debian.sh --engine pystk2  with wheels alone: nothing is built
 #   tests/bare_debian.sh --install-only   without the tests
-#   SUITE=trixie tests/bare_debian.sh     another release than bookworm; MIRROR=http://... names another mirror
+#   SUITE=trixie tests/bare_debian.sh     another release than bookworm, of Ubuntu too; MIRROR=http://... of a mirror
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-wheels='' tests=yes
+wheels='' tests=yes engine=''
 for option; do
     case $option in
         --reuse-wheels) wheels=${XDG_CACHE_HOME:-$HOME/.cache}/ppo_tuxkart/wheels ;;
+        --engine) ;; # and its name comes next
+        pystk2) engine=' --engine pystk2' ;;
         --install-only) tests='' ;;
         *) sed -n '3,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
@@ -37,15 +41,20 @@ block() { # SECTION: the commands of README.md's first bash block under that hea
     awk -v title="## $1" '/^## / && !c { t = $0 == title } /^```/ { if (c) exit; c = t && /bash/; next } c' README.md
 }
 start_command=$(block Start) test_command=$(block Test)
+start_command=${start_command/install.sh/install.sh$engine} test_command=${test_command/install.sh/install.sh$engine}
 if [ -z "$start_command" ] || [ -z "$test_command" ]; then
     echo 'README.md needs a ```bash block under "## Start" and under "## Test".' >&2
     exit 2
 fi
 [ -z "$(git status --porcelain)" ] || echo "Note: what is not committed is not tested."
 
-debootstrapped() {
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
-        "$suite" "$root" ${MIRROR:+"$MIRROR"} >/dev/null ||
+debootstrapped() { # releases that are newer than this debootstrap are made as older ones were
+    local script=sid components=main
+    case $suite in
+        jammy | noble | plucky | questing | resolute) script=gutsy components=main,universe ;;
+    esac
+    debootstrap --variant=minbase --include=ca-certificates --components="$components" \
+        "$suite" "$root" "${MIRROR:-}" "$script" >/dev/null ||
         { tail "$root/debootstrap/debootstrap.log"; return 1; }
 }
 
@@ -88,6 +97,14 @@ host_network() {
 
 inside() { chroot "$root" env -i "${environment[@]}" bash -euxo pipefail -c "cd /root/repository; $1"; }
 
+first_decision() { # bench/watch.py, which Python runs before the script, notes when that was
+    local hook='import runpy, sys; sys.argv[0] == "ppo_tuxkart.py" and runpy.run_path("bench/watch.py")'
+    mkdir "$root/root/hook" && echo "$hook" >"$root/root/hook/sitecustomize.py"
+    inside "PYTHONPATH=/root/hook WATCH_LOG=/root/decision ${start_command#*&& } & run=\$!
+        until [ -s /root/decision ]; do sleep 0.5; kill -0 \$run; done 2>/dev/null
+        kill \$run && { wait \$run || [ \$? = 143 ]; }"
+}
+
 results=()
 step() { # NAME COMMAND...
     local verdict=PASS start=$SECONDS
@@ -104,8 +121,12 @@ mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
 git clone -q --depth 1 "file://$PWD" "$root/root/repository"
 host_network
-step "./install.sh" inside ./install.sh
-step "./install.sh, the second time" inside ./install.sh
+began=$(date +%s)
+step "./install.sh$engine" inside "./install.sh$engine"
+python=$(inside '.venv/bin/python -c "import platform; print(platform.python_version())"' 2>/dev/null)
+step "the README's run, until its first decision" first_decision
+results+=("$(($(cut -d ' ' -f 2 "$root/root/decision" | cut -d . -f 1) - began)) s from nothing to it, Python $python")
+step "./install.sh$engine, the second time" inside "./install.sh$engine"
 few="--num-envs 2 --num-steps 32 --total-timesteps 128 --eval-interval 0" # decisions, where the README's run has many
 step "the README's kart learns" inside "$start_command $few"
 [ -z "$tests" ] || step "the README's tests" inside "$test_command"
