@@ -177,16 +177,16 @@ env.reset(seed=0)
 get_string = ctypes.CDLL("libGL.so.1").glGetString
 get_string.restype = ctypes.c_char_p
 renderer = get_string(0x1F01).decode()  # GL_RENDERER
-seconds = 0.0
-for _ in range(200):
+spent = []  # seconds of each decision
+while len(spent) < 200 and sum(spent) < 10:
     start = time.perf_counter()
     _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-    seconds += time.perf_counter() - start
+    spent.append(time.perf_counter() - start)
     if terminated or truncated:
         env.reset()
 env.close()
 line = "{engine} {engine_version}, assets {assets}".format(**env.versions)
-os.write(3, f"{line}, {renderer}, {200 / seconds:.0f} decisions/s at 64x64\n".encode())
+os.write(3, f"{line}, {renderer}, {len(spent) / sum(spent):.0f} decisions/s at 64x64\n".encode())
 EOF
 }
 
