@@ -81,7 +81,6 @@ def profile(races: list[dict], edges: np.ndarray) -> dict[str, list[float]]:
 
 
 def laps(settings: Laps) -> None:
-    common.isolate()
     script: Any = importlib.import_module(settings.script)
     args, agent, seeds = common.load(script, settings.checkpoint, settings.track, settings.races)
     ai = dataclasses.replace(args, driver="ai")
