@@ -183,12 +183,10 @@ def ablations(settings: Ablations) -> None:
         for kind, path in kinds.items():
             checkpoint = wm.load_checkpoint(path)
             args = dataclasses.replace(checkpoint["args"], seed=seed)
-            agent = wm.Agent(args)
-            torch.manual_seed(0)
-            untrained = wm.Memory()
-            wm.load_weights(agent, checkpoint, path)
+            agent = wm.Agent(args, checkpoint, path)
             if kind == "untrained M":
-                agent.memory = untrained
+                torch.manual_seed(0)
+                agent.memory = wm.Memory()
             if kind == "z alone":
                 agent.controller = agent.controller[:, : wm.LATENTS + 1]
                 args.controller_input = "z"
