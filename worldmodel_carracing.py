@@ -32,7 +32,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,6 +41,7 @@ if parent := multiprocessing.parent_process():  # a driving process ends with it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads would spin on the games' cores
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
+import Box2D
 import filelock
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -155,7 +155,7 @@ MAP = 2048  # pixels of a track's map, about as fine as what is drawn of it
 SCALE = MAP / 2 / car_racing.PLAYFIELD  # its pixels a metre
 # beyond the lawn, the lawn, its squares, three shades of road, two of kerb, the car
 NAMES = "black #66cc66 #66e666 #666666 #686868 #6b6b6b white red #cc0000"
-COLOURS = [ImageColor.getrgb(name) for name in NAMES.split()]
+COLOURS = list(map(ImageColor.getrgb, NAMES.split()))
 BLACK, LAWN, SQUARES, ROAD, CAR = 0, 1, 2, 3, 8  # places in it
 METRE = car_dynamics.SIZE  # of the car's parts, a bit smaller since what Pillow draws has a border
 X, Y = 0.7 * METRE * car_dynamics.WHEEL_W, 0.7 * METRE * car_dynamics.WHEEL_R
@@ -178,12 +178,10 @@ def on_map(polygon: Any) -> list[float]:
 
 class FastCarRacing(car_racing.CarRacing):
     """Gymnasium's CarRacing, drawn at once as V sees it, uint8 (64, 64, 3): many times faster, from a
-    map drawn once a track, within a mean of 1 level of 255 of `shrink` of Gymnasium's picture. Its reset
-    takes options={"place": x}, to start at the share x of the track. While `blind`, nothing is drawn."""
+    map drawn once a track, within a mean of 1 level of 255 of `shrink` of Gymnasium's picture."""
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-        self.place, self.blind = (options or {}).get("place", 0.0), False
-        return super().reset(seed=seed, options=options)
+    place = 0.0  # share of the track at which the next episode starts
+    blind = False  # whether nothing is to be drawn
 
     def _create_track(self) -> bool:
         if not super()._create_track():
@@ -268,10 +266,9 @@ class Vision(nn.Module):
         """Pictures float (N, 3, 64, 64) in [0, 1] of latents (N, 32)."""
         return self.decoder(self.widen(z)[:, :, None, None])
 
-
-def to_pictures(decoded: Tensor) -> np.ndarray:
-    """float (N, 3, H, W) in [0, 1] as uint8 numpy (N, H, W, 3)."""
-    return (decoded.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+    def show(self, z: Tensor) -> np.ndarray:
+        """The same as uint8 numpy (N, 64, 64, 3)."""
+        return (self.decode(z).permute(0, 2, 3, 1) * 255).round().byte().numpy()
 
 
 def vision_loss(decoded: Tensor, pictures: Tensor, mu: Tensor, logvar: Tensor) -> tuple:
@@ -298,8 +295,7 @@ class Memory(nn.Module):
 
     def foretell(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """The next latents' log weights, means and log deviations (..., 32, 5); reward, logit of the end (...)."""
-        mixture = self.mixture(hidden).unflatten(-1, (3, LATENTS, MIXTURES))
-        logits, mu, log_sigma = mixture.unbind(-3)
+        logits, mu, log_sigma = self.mixture(hidden).unflatten(-1, (3, LATENTS, MIXTURES)).unbind(-3)
         reward, end = self.outcome(hidden).unbind(-1)
         return logits.log_softmax(-1), mu, log_sigma.clamp(*LOG_SIGMA), reward, end
 
@@ -318,21 +314,25 @@ def memory_loss(memory: Memory, z: Tensor, targets: Tensor, rows: Tensor, length
     frames = torch.arange(len(z), device=z.device)[:, None]
     real, followed = frames < lengths, frames < lengths - 1
     log_pi, mu, log_sigma, reward, end = memory.foretell(memory(z, rows[..., :3])[0])
-    nll = mixture_nll(targets[1:], log_pi[:-1], mu[:-1], log_sigma[:-1])[followed[:-1]]
-    nll = nll.mean() / LATENTS
+    nll = mixture_nll(targets[1:], log_pi[:-1], mu[:-1], log_sigma[:-1])[followed[:-1]].mean() / LATENTS
     reward_error = (reward - rows[..., 3])[real].square().mean()
     end_error = F.binary_cross_entropy_with_logits(end[real], rows[..., 5][real])
     return nll + reward_error + end_error, nll, reward_error, end_error
 
 
 class Agent(nn.Module):
-    """V, M and C, which is linear: (3, 289) for 288 inputs and a bias, or (3, 33) where it sees z alone."""
+    """V, M and C, which is linear: (3, 289) for 288 inputs and a bias, or (3, 33) where it sees z alone.
+    They begin with a checkpoint's weights, from `path`. Raises UsageError where those do not fit."""
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self, args: Args, checkpoint: dict | None = None, path: Path | None = None) -> None:
         super().__init__()
         self.vision, self.memory, self.repeat = Vision(), Memory(), args.action_repeat
         inputs = LATENTS + (HIDDEN if args.controller_input == "zh" else 0)
         self.register_buffer("controller", torch.zeros(3, inputs + 1))
+        try:
+            self.load_state_dict(checkpoint["agent"] if checkpoint else self.state_dict())
+        except (KeyError, RuntimeError) as error:
+            raise UsageError(f"{path} holds other networks: type its own settings.") from error
 
 
 def act(z: Tensor, hidden: Tensor, controllers: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,11 +362,12 @@ def sample_next(memory: Memory, hidden: Tensor, starts: int, temperature: float,
 
 
 @torch.no_grad()
-def dream_returns(args: Args, memory: Memory, controllers: Tensor, z: Tensor, state: Any, chance: Any) -> Tensor:
+def dream_returns(args: Args, memory: Memory, controllers: Tensor, z: Tensor, state: Any, seed: int) -> Tensor:
     """Mean return (P,) that every controller (P, 3, I) gets in M's dream. It starts at real places,
     shared by all, as are its chances: z (S, 32), state, a pair of (1, S, 256). Dropout hits what M
     foretells from, not what C sees: else C finds what M is wrong about and lives on that."""
     population, starts = len(controllers), len(z)
+    chance = torch.Generator(z.device).manual_seed(seed)
     z = z.repeat(population, 1)  # (P * S, 32), controller by controller
     state = tuple(part.repeat(1, population, 1) for part in state)
     weights = controllers.to(z.device).repeat_interleave(starts, 0)
@@ -462,9 +463,11 @@ class Rollout:
     row), `limit` (frames), and optionally `place` (where to start), `noise` (seed, kind), `abort`
     (end it where it is hopeless) and `film` (return the pictures)."""
 
-    def __init__(self, index: int, env: Any, job: dict) -> None:
-        self.index, self.env, self.job, self.over = index, env, job, False
-        self.obs = env.reset(seed=job["seed"], options={"place": job.get("place", 0.0)})[0]
+    def __init__(self, env: Any, job: dict) -> None:
+        self.env, self.job = env, job
+        env.blind = False
+        env.place = job.get("place", 0.0)
+        self.obs = env.reset(seed=job["seed"])[0]
         self.rng = np.random.default_rng([job["seed"], *job.get("noise", ())])
         self.noise, self.idle = np.zeros(3), 0  # idle: frames since the last reward
         self.result: dict = {"return": 0.0, "frames": 0, "rows": [], "pictures": []}
@@ -482,9 +485,9 @@ class Rollout:
             own = own + self.noise * (1.0, 0.5, 0.2)
         return np.clip(own, (-1, 0, 0), (1, 1, 1)).astype(np.float32)
 
-    def play(self, action: np.ndarray, wish: np.ndarray, repeat: int) -> None:
-        """Plays an action (3,), in answer to C's wish (3,), for `repeat` frames. A hopeless rollout
-        is charged as if it had stood still until the limit: else giving up would pay."""
+    def play(self, action: np.ndarray, wish: np.ndarray, repeat: int) -> bool:
+        """Plays an action (3,), in answer to C's wish (3,), for `repeat` frames. Returns whether it is over.
+        A hopeless rollout is charged as if it had stood still until the limit: else giving up would pay."""
         result, limit, earned = self.result, self.job["limit"], 0.0
         if self.job.get("film"):
             result["pictures"].append(self.obs)
@@ -502,21 +505,20 @@ class Rollout:
             earned -= 0.1 * (limit - frame)
         result["return"] += earned
         result["frames"] = frame
-        self.over = terminated or truncated or hopeless or frame == limit
-        if self.over:
+        over = terminated or truncated or hopeless or frame == limit
+        if over:
             result["finished"] = info.get("lap_finished", False)
             result["rows"] = np.array(result["rows"], np.float32)
             result["pictures"] = np.array(result["pictures"])
+        return over
 
 
 @torch.no_grad()
 def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> list[dict]:
-    """Plays jobs (see Rollout) with controllers (P, 3, I): a slot takes the next when its episode
-    ends. Returns a dict for each: return, frames, finished, rows (T, 9), see COLUMNS, and pictures,
-    uint8 (T, 64, 64, 3) or none. V and M always see SLOTS rows, on whose number their last bits
-    depend: a job's result must not depend on what is driven beside it."""
-    waiting = list(enumerate(jobs))[::-1]
-    results: list[dict] = [{} for _ in jobs]
+    """Plays jobs (see Rollout) with controllers (P, 3, I). Returns a dict for each: return, frames,
+    finished, rows (T, 9), see COLUMNS, and pictures, uint8 (T, 64, 64, 3) or none. V and M always see SLOTS
+    rows, on whose number their last bits depend: a job's result must not depend on its neighbours."""
+    waiting, results = jobs[::-1], []
     rollouts: dict[int, Rollout] = {}
     obs = np.zeros((SLOTS, SIZE, SIZE, 3), np.uint8)
     state = (torch.zeros(1, SLOTS, HIDDEN), torch.zeros(1, SLOTS, HIDDEN))
@@ -524,19 +526,19 @@ def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> li
     while waiting or rollouts:
         free = [i for i in range(len(envs)) if i not in rollouts]
         for i in free[: len(waiting)]:
-            index, job = waiting.pop()
-            rollouts[i] = Rollout(index, envs[i], job)
-            obs[i], weights[i] = rollouts[i].obs, controllers[job["controller"]]
+            rollouts[i] = Rollout(envs[i], waiting.pop())
+            results.append(rollouts[i].result)  # which it fills
+            obs[i], weights[i] = rollouts[i].obs, controllers[rollouts[i].job["controller"]]
             state[0][0, i] = state[1][0, i] = 0
         z, _ = agent.vision.encode(torch.from_numpy(obs))
         wishes, actions = act(z, state[0][0], weights)
         for i, rollout in list(rollouts.items()):
             if "noise" in rollout.job:
                 actions[i] = torch.from_numpy(rollout.disturb(actions[i].numpy()))
-            rollout.play(actions[i].numpy().copy(), wishes[i].numpy(), agent.repeat)
-            obs[i] = 0 if rollout.over else rollout.obs
-            if rollout.over:
-                results[rollout.index] = rollouts.pop(i).result
+            if rollout.play(actions[i].numpy().copy(), wishes[i].numpy(), agent.repeat):
+                del rollouts[i]
+            else:
+                obs[i] = rollout.obs
         _, state = agent.memory(z[None], actions[None], state)
     return results
 
@@ -628,14 +630,6 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
                 path.rmdir()
 
 
-def load_weights(agent: Agent, checkpoint: dict, path: Path) -> None:
-    """Puts a checkpoint's V, M and C into the agent. Raises UsageError where they do not fit."""
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-    except (KeyError, RuntimeError) as error:
-        raise UsageError(f"{path} holds other networks: type its own settings.") from error
-
-
 class Journal:
     """What the stages share, and the state to go on from: rows of figures (iteration), frames driven,
     seconds, frames and score of every validation, the stage on its way (name, round, step, its needs)."""
@@ -681,12 +675,12 @@ def randomness(*numbers: int) -> np.random.Generator:
     return generator
 
 
-def open_pictures(folder: Path, filled: int, count: int, mode: str) -> np.ndarray:
-    """The run's footage, uint8 (count, 64, 64, 3), of which so many are there. Raises UsageError."""
+def open_pictures(folder: Path, filled: int, count: int) -> np.ndarray:
+    """The run's footage, uint8 (count, 64, 64, 3), of which `filled` are there. Raises UsageError."""
     path = folder / "pictures.bin"
     if filled and (not path.exists() or path.stat().st_size < filled * SIZE * SIZE * 3):
         raise UsageError(f"{path} is not whole: type another --name to begin again.")
-    return np.memmap(path, np.uint8, mode, shape=(count, SIZE, SIZE, 3))
+    return np.memmap(path, np.uint8, "r+" if filled else "w+", shape=(count, SIZE, SIZE, 3))
 
 
 def collect(journal: Journal) -> None:
@@ -697,8 +691,7 @@ def collect(journal: Journal) -> None:
     if stage["step"] == 0:
         stage |= {"episodes": 0, "rows": torch.cat([earlier, torch.zeros(args.collect_frames, COLUMNS)])}
     rows, first = stage["rows"], len(earlier)
-    filled = first + stage["step"]
-    pictures = open_pictures(journal.folder, filled, len(rows), "r+" if filled else "w+")
+    pictures = open_pictures(journal.folder, first + stage["step"], len(rows))
     limit = min(300 if at_random else 1000, args.max_frames)
     while first + stage["step"] < len(rows):
         jobs = []
@@ -774,7 +767,7 @@ def learn_vision(journal: Journal) -> None:
     """Fits V to all the footage, and keeps what it then sees there."""
     vision, stage, device = journal.agent.vision, journal.state["stage"], journal.device
     frames = len(journal.result("collect", stage["round"])["rows"])
-    footage = open_pictures(journal.folder, frames, frames, "r")
+    footage = open_pictures(journal.folder, frames, frames)
 
     def minibatch(step: int, chance: np.random.Generator) -> tuple[Tensor, ...]:
         noise = torch.randn(100, LATENTS).to(device)
@@ -802,8 +795,7 @@ def learn_memory(journal: Journal) -> None:
 
     def minibatch(step: int, chance: np.random.Generator) -> tuple[Tensor, ...]:
         chosen = episodes[chance.choice(len(episodes), 16, p=shares)]
-        frames = chosen[:, 0] + np.arange(chosen[:, 1].max())[:, None]  # (T, N)
-        frames = frames.clip(max=len(rows) - 1)
+        frames = (chosen[:, 0] + np.arange(chosen[:, 1].max())[:, None]).clip(max=len(rows) - 1)  # (T, N)
         mu, logvar = latents[frames].to(device).chunk(2, -1)
         z, targets = mu + torch.exp(logvar / 2) * torch.randn(2, *frames.shape, LATENTS).to(device)
         lengths = torch.from_numpy(chosen[:, 1]).to(device)
@@ -850,8 +842,7 @@ def validate(journal: Journal, cmaes: CMAES) -> dict:
     """The search's mean on validation tracks. The stage keeps its best, and best.pt the run's."""
     args, state, stage = journal.args, journal.state, journal.state["stage"]
     controller = cmaes.mean.float().view(cmaes.shape)
-    seeds = range(VALIDATION, VALIDATION + args.validation_tracks)
-    jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
+    jobs = [{"seed": VALIDATION + i, "controller": 0, "limit": args.max_frames} for i in range(args.validation_tracks)]
     results = journal.drivers.drive(journal.agent, controller[None], jobs)
     returns = [result["return"] for result in results]
     score = float(np.mean(returns))
@@ -882,10 +873,8 @@ def search_in_dream(journal: Journal) -> bool:
 
     def play(candidates: Tensor, generation: int) -> tuple[Tensor, int]:
         z, state = dream_starts(journal, footage, generation)
-        returns = []
-        for controllers in candidates.split(32):
-            chance = torch.Generator(z.device).manual_seed(args.seed * 1_000_000 + generation)
-            returns.append(dream_returns(args, agent.memory, controllers, z, state, chance).cpu())
+        seed = args.seed * 1_000_000 + generation
+        returns = [dream_returns(args, agent.memory, part, z, state, seed).cpu() for part in candidates.split(32)]
         return torch.cat(returns).double(), len(candidates) * len(z) * args.dream_steps
 
     return search(journal, cmaes, play, args.dream_generations if args.controller_input == "zh" else 0)
@@ -942,8 +931,7 @@ def dream_starts(journal: Journal, footage: Footage, generation: int) -> tuple[T
         z, actions = footage.latents[seen, None, :LATENTS], footage.rows[seen, None, :3]
         states.append(memory(z.to(device), actions.to(device))[1] if len(z) else (zero, zero))
         places.append(footage.latents[end, :LATENTS])
-    hidden, cell = (torch.cat(parts, 1) for parts in zip(*states, strict=True))
-    return torch.stack(places).to(device), (hidden, cell)
+    return torch.stack(places).to(device), tuple(torch.cat(parts, 1) for parts in zip(*states, strict=True))
 
 
 # --- Evaluation and films -------------------------------------------------------------------------
@@ -951,8 +939,7 @@ def dream_starts(journal: Journal, footage: Footage, generation: int) -> tuple[T
 
 def evaluate(args: Args, drivers: Drivers, checkpoint: dict, path: Path, folder: Path) -> None:
     """Drives in Gymnasium's own CarRacing-v3; writes evaluation.json and best_lap.mp4."""
-    agent = Agent(args)
-    load_weights(agent, checkpoint, path)
+    agent = Agent(args, checkpoint, path)
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
     jobs = [{"seed": seed, "controller": 0, "limit": args.max_frames} for seed in seeds]
     results = drivers.drive(agent, agent.controller[None], jobs, gymnasium_car_racing)
@@ -961,7 +948,7 @@ def evaluate(args: Args, drivers: Drivers, checkpoint: dict, path: Path, folder:
     std = float(np.std(returns, ddof=1)) if len(returns) > 1 else 0.0
     figures = {
         "gymnasium": gym.__version__,
-        "box2d": version("box2d"),
+        "box2d": Box2D.__version__,
         "pygame": pygame.version.ver,
         "environment": "CarRacing-v3",
         "checkpoint": str(path),
@@ -990,8 +977,7 @@ def evaluate(args: Args, drivers: Drivers, checkpoint: dict, path: Path, folder:
 def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
     """Writes dream.mp4, a film of reality, what V keeps of it and M's dream under the same actions,
     begun anew every 100; and latents.png, V's picture of each latent from -3 to 3."""
-    agent = Agent(args)
-    load_weights(agent, checkpoint, path)
+    agent = Agent(args, checkpoint, path)
     job = {"seed": args.eval_seed, "controller": 0, "limit": args.max_frames, "film": True}
     (lap,) = drive([FastCarRacing()], agent, agent.controller[None], [job])
     pictures, actions = lap["pictures"], torch.from_numpy(lap["rows"][:, None, :3])
@@ -1003,7 +989,7 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
             awake = t < 30 or t % 100 == 30
             if awake:
                 dreamt, dream_state = mu[t], state
-            imagined = to_pictures(agent.vision.decode(torch.cat([mu[t], dreamt])))
+            imagined = agent.vision.show(torch.cat([mu[t], dreamt]))
             panels = np.stack([pictures[t], *imagined]).repeat(5, 1).repeat(5, 2)
             panels[2, :8] = (60, 60, 60) if awake else (230, 160, 40)  # a bar over what is dreamt
             video.append_data(np.concatenate(panels, 1))
@@ -1012,7 +998,7 @@ def film_dream(args: Args, checkpoint: dict, path: Path, folder: Path) -> None:
             dreamt, _, _ = sample_next(agent.memory, hidden[0], 1, args.temperature, chance)
     z = mu[len(mu) // 2].repeat(LATENTS, 9, 1)
     z[range(LATENTS), :, range(LATENTS)] = torch.linspace(-3, 3, 9)
-    decoded = to_pictures(agent.vision.decode(z.flatten(0, 1)))
+    decoded = agent.vision.show(z.flatten(0, 1))
     grid = decoded.reshape(2, 16, 9, SIZE, SIZE, 3).transpose(1, 3, 0, 2, 4, 5)
     imageio.imwrite(folder / "latents.png", grid.reshape(16 * SIZE, -1, 3))
     print(f"return {lap['return']:.1f}; reality, what V keeps of it and M's dream: {folder}/dream.mp4")
@@ -1028,7 +1014,6 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
     """Runs the stages that have left no result yet, round by round. Raises UsageError, RunError."""
     torch.set_num_threads(usable_cores())
     torch.manual_seed(args.seed)
-    agent = Agent(args)
     best = folder / "best.pt"
 
     # What is due: the stages that have left no file yet
@@ -1043,14 +1028,12 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
     # Where to go on: from last.pt, if it is of the stage that is due, or from the newest file
     if checkpoint and done and checkpoint["stage"]["name"] not in due[:1]:
         checkpoint = load_checkpoint(folder / f"{done[-1]}.pt")
-    if checkpoint:
-        load_weights(agent, checkpoint, folder)
-    elif args.init_from:
-        load_weights(agent, load_checkpoint(args.init_from), args.init_from)
+    weights = checkpoint or (args.init_from and load_checkpoint(args.init_from))
+    agent = Agent(args, weights, args.init_from or folder)
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     journal = Journal(args, folder, agent.to(device), checkpoint or {})
 
-    try:
+    with contextlib.closing(journal.board):
         for name in due:
             stage, round_ = name.split("-")
             if stage not in args.stages:
@@ -1063,8 +1046,6 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
             journal.save(f"{name}.pt")
         if "evaluate" in args.stages and best.exists():
             evaluate(args, journal.drivers, load_checkpoint(best), best, folder)
-    finally:  # however it ends
-        journal.board.close()
 
 
 def start() -> None:
@@ -1073,21 +1054,20 @@ def start() -> None:
     if args.resume and args.resume.is_file():
         args.resume = args.resume.parent
     folder, now = args.resume, time.strftime("%Y%m%d-%H%M%S")
-    path = args.evaluate or args.dream or (folder and folder / "last.pt")
+    shown = args.evaluate or args.dream
+    path = shown or (folder and folder / "last.pt")
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:
         args = tyro.cli(Args, default=checkpoint["args"])  # what is typed wins
     elif args.quick:
         args = tyro.cli(Args, args=[*QUICK.split(), *sys.argv[1:]])
-    if args.evaluate or args.dream:
-        with hold_folder(Path("runs", f"{path.stem}-{now}"), False) as folder:
-            if args.evaluate:
-                evaluate(args, Drivers(args.workers), checkpoint, path, folder)
-            else:
-                film_dream(args, checkpoint, path, folder)
-    else:
-        name = args.name or f"carracing-seed{args.seed}-{now}"
-        with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+    name = f"{shown.stem}-{now}" if shown else args.name or f"carracing-seed{args.seed}-{now}"
+    with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+        if args.evaluate:
+            evaluate(args, Drivers(args.workers), checkpoint, path, folder)
+        elif args.dream:
+            film_dream(args, checkpoint, path, folder)
+        else:
             train(args, checkpoint, folder)
 
 

@@ -81,7 +81,6 @@ def profile(races: list[dict], edges: np.ndarray) -> dict[str, list[float]]:
 
 
 def laps(settings: Laps) -> None:
-    common.isolate()
     script: Any = importlib.import_module(settings.script)
     args, agent, seeds = common.load(script, settings.checkpoint, settings.track, settings.races)
     ai = dataclasses.replace(args, driver="ai")
@@ -184,12 +183,10 @@ def ablations(settings: Ablations) -> None:
         for kind, path in kinds.items():
             checkpoint = wm.load_checkpoint(path)
             args = dataclasses.replace(checkpoint["args"], seed=seed)
-            agent = wm.Agent(args)
-            torch.manual_seed(0)
-            untrained = wm.Memory()
-            wm.load_weights(agent, checkpoint, path)
+            agent = wm.Agent(args, checkpoint, path)
             if kind == "untrained M":
-                agent.memory = untrained
+                torch.manual_seed(0)
+                agent.memory = wm.Memory()
             if kind == "z alone":
                 agent.controller = agent.controller[:, : wm.LATENTS + 1]
                 args.controller_input = "z"

@@ -1,27 +1,24 @@
-"""What the benchmarks beside this file share: processes, runs' curves, tables, JSON."""
+"""What the benchmarks beside this file share: processes, runs and their curves, tables, JSON."""
 
 import contextlib
-import ctypes
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
-import pstats
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import torch  # before a script, which would change how its threads wait
+import torch  # noqa: F401  # before a script, which would change how its threads wait
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = tempfile.TemporaryDirectory()
 sys.path.insert(0, str(ROOT))  # so that the scripts can be imported
 
 
@@ -48,59 +45,35 @@ def megabytes(processes: Iterable[psutil.Process]) -> float:
     return found
 
 
-def adopt_orphans() -> None:
-    """Has this process inherit what its children leave behind, so that `end_all` finds it."""
-    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-
-
-def end_all() -> None:
-    """Ends whatever this process started that still runs, and waits until it is gone."""
-    while left := descendants(os.getpid()):
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=5)
-
-
-def home(folder: Path | str) -> dict[str, str]:
-    """Environment variables with which games keep their settings and logs in this folder."""
-    return {**os.environ, "SUPERTUXKART_SAVEDIR": str(folder), "XDG_CONFIG_HOME": str(folder)}
-
-
-def isolate() -> None:
-    """Gives the games that this process starts a home that goes with it."""
-    os.environ.update(home(HOME.name))
-
-
-def run_turn(command: list[str], environment: dict[str, str] | None = None) -> dict:
-    """Runs a command, ends all that it left, and returns the JSON that it printed last."""
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    finally:
-        end_all()
+def run(command: list[str], **settings: Any) -> str:
+    """Runs a command. Returns what it printed; ends with its last words where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, **settings)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
-def learn(script: str, folder: Path, name: str, typed: list[str]) -> None:
-    """Trains in folder/runs/name until the end, or goes on with what is there, if it is not done."""
-    run = folder / "runs" / name
-    run.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / f"{script}.py")]
-    if (run / "last.pt").exists():
-        checkpoint = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
-        args = checkpoint["args"]
-        decisions = args["num_envs"] * args["num_steps"]
-        if checkpoint["iteration"] == args["total_timesteps"] // decisions:
-            return
-        command += ["--resume", f"runs/{name}"]
-    else:
-        command += ["--name", name, *typed]
-    variables = home(folder / "home")
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} did not come to its end:\n{done.stderr[-3000:]}")
+def learn(script: str, folder: Path, name: str, typed: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Trains in folder/runs/name, or goes on with what is there, if it is not done. Returns its curves."""
+    learnt = folder / "runs" / name
+    learnt.parent.mkdir(parents=True, exist_ok=True)
+    words = ["--resume", f"runs/{name}"] if (learnt / "last.pt").exists() else ["--name", name, *typed]
+    if not (learnt / "done").exists():
+        run([sys.executable, str(ROOT / f"{script}.py"), *words], cwd=folder)
+        (learnt / "done").touch()
+    return read_curves(learnt)
+
+
+def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """A run's scalars, {tag: [(step, value), ...]}."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(row.step, row.value) for row in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def iteration_seconds(curves: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Decisions after each of a run's iterations, and the seconds that it took, its evaluation included."""
+    steps, rates = np.array(curves["charts/SPS"]).T
+    return steps, np.diff(steps, prepend=0) / rates
 
 
 def load(script: Any, path: Path, track: str | None, races: int) -> tuple[Any, Any, list[int]]:
@@ -138,35 +111,6 @@ def in_turns(names: list[str], rounds: int) -> Iterable[tuple[int, str]]:
             yield number, name
 
 
-def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """A run's scalars, {tag: [(step, value), ...]}: from its folder, or from a file of metrics."""
-    if path.is_dir() and (path / "metrics.jsonl").exists():  # an earlier version's
-        path = path / "metrics.jsonl"
-    curves: dict[str, list[tuple[int, float]]] = {}
-    names = {"charts/finish_rate": "charts/finished", "eval/median_lap": "eval/median"}  # its names
-    if path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for number, row in enumerate(rows):
-            step = row.get("global_step", number)
-            for tag, value in row.items():
-                if isinstance(value, int | float):
-                    curves.setdefault(names.get(tag, tag), []).append((step, value))
-        return curves
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-    events.Reload()
-    for tag in events.Tags()["scalars"]:
-        curves[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
-    return curves
-
-
-def iteration_seconds(curves: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Decisions after each of a run's iterations, and the seconds that it took, its evaluation included."""
-    steps, rates = np.array(curves["charts/SPS"]).T
-    return steps, np.diff(steps, prepend=0) / rates
-
-
 def as_text(value: Any) -> str:
     """A cell of a table: numbers with three digits or more."""
     if not isinstance(value, float):
@@ -177,34 +121,22 @@ def as_text(value: Any) -> str:
 
 def print_table(rows: dict[str, dict]) -> None:
     """Prints a row for each name and a column for each key of the rows, but for lists."""
-    cells: dict[str, dict[str, str]] = {}
+    shown = {}
     for name, row in rows.items():
-        shown = {key: as_text(value) for key, value in row.items() if not isinstance(value, list | dict)}
-        for key, text in shown.items():
-            cells.setdefault(key, {})[name] = text
-    first = max(len(name) for name in rows)
-    widths = {key: 2 + max(map(len, [key, *column.values()])) for key, column in cells.items()}
-    print(" " * first + "".join(f"{key:>{width}}" for key, width in widths.items()))
-    for name in rows:
-        line = [f"{cells[key].get(name, ''):>{width}}" for key, width in widths.items()]
-        print(f"{name:{first}}" + "".join(line), flush=True)
+        shown[name] = {key: as_text(cell) for key, cell in row.items() if not isinstance(cell, list | dict)}
+    keys = list(dict.fromkeys(key for row in shown.values() for key in row))
+    widths = [2 + max(len(key), *(len(row.get(key, "")) for row in shown.values())) for key in keys]
+    first = max(map(len, rows))
+    print(" " * first + "".join(f"{key:>{width}}" for key, width in zip(keys, widths, strict=True)))
+    for name, row in shown.items():
+        cells = [f"{row.get(key, ''):>{width}}" for key, width in zip(keys, widths, strict=True)]
+        print(f"{name:{first}}" + "".join(cells), flush=True)
 
 
 def medians(rows: list[dict]) -> dict[str, float]:
     """The median of each number over several measurements."""
     numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
     return {key: statistics.median(row[key] for row in rows) for key in numbers}
-
-
-def profile_table(file: Path) -> dict[str, dict]:
-    """The 15 functions that a profile has most time in, without what they call."""
-    rows: Any = vars(pstats.Stats(str(file)))["stats"]
-    everything = sum(own for _, _, own, _, _ in rows.values())
-    table = {}
-    for place, (_, calls, own, total, _) in sorted(rows.items(), key=lambda row: -row[1][2])[:15]:
-        name = pstats.func_std_string((Path(place[0]).name, *place[1:]))
-        table[name] = {"own s": own, "share": own / everything, "total s": total, "calls": calls}
-    return table
 
 
 def write_json(path: Path | None, settings: Any, result: dict) -> None:

@@ -1,10 +1,9 @@
 """Learning curves as pictures.
 
     python bench/figures.py
-    python bench/figures.py --runs runs/a runs/b --picture curves.png
 
-The first draws the pages' pictures from what bench/results holds of earlier runs: learning.png,
-carracing.png and networks-400k.png (networks.py writes such a file).
+Draws the pages' pictures from what bench/results holds of earlier runs: learning.png, carracing.png
+and networks-400k.png (networks.py writes such a file).
 """
 
 import dataclasses
@@ -20,8 +19,6 @@ from matplotlib.figure import Figure
 
 @dataclasses.dataclass
 class Figures:
-    runs: tuple[Path, ...] = ()  # runs' folders, or metrics files, to draw instead
-    picture: Path = Path("curves.png")  # PNG file for them
     results: Path = common.ROOT / "bench" / "results"  # what earlier runs have left
     docs: Path = common.ROOT / "docs"  # folder for the pages' pictures
 
@@ -35,18 +32,24 @@ def panels(count: int, width: float, **settings: Any) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def curve(curves: dict, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decisions, in millions, and values of a scalar."""
-    points = np.array(curves.get(tag, []), float).reshape(-1, 2)
-    return points[:, 0] / 1e6, points[:, 1]
+def read_rows(path: Path) -> list[dict]:
+    """The rows of figures that an earlier version of a script has left."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def draw_curves(runs: dict[str, dict], picture: Path) -> None:
-    """Lap covered and races finished, sampled, against decisions, of runs' curves."""
+def curve(path: Path, tag: str) -> np.ndarray:
+    """Decisions, in millions, and values of one of the figures in a file, (2, N)."""
+    points = [(row["global_step"] / 1e6, row[tag]) for row in read_rows(path) if row.get(tag) is not None]
+    return np.array(points).T
+
+
+def draw_networks(runs: dict[str, dict], picture: Path) -> None:
+    """Lap covered and races finished, sampled, against decisions, of networks.py's curves."""
     figure, axes = panels(2, 10)
-    for panel, tag in zip(axes, ("charts/progress", "charts/finished"), strict=True):
-        for name, curves in runs.items():
-            panel.plot(*curve(curves, tag), label=name, linewidth=1)
+    for panel, what in zip(axes, ("progress", "finish_rate"), strict=True):
+        for name, columns in runs.items():
+            steps = np.array(columns["global_step"]) / 1e6
+            panel.plot(steps, np.array(columns[f"charts/{what}"], float), label=name, linewidth=1)
     axes[0].set(xlabel="million decisions", ylabel="lap covered, sampled", ylim=(0, None))
     axes[1].set(xlabel="million decisions", ylabel="races finished, sampled", ylim=(0, None))
     axes[0].legend(fontsize=7, frameon=False)
@@ -57,20 +60,20 @@ def draw_learning(results: Path, picture: Path) -> None:
     """Three seeds on scotland, the sequel of one, and what the weight of the value loss does."""
     figure, (rate, laps, weights) = panels(3, 12)
     for number, path in enumerate(sorted(results.glob("scotland-seed*.jsonl"))):
-        curves, run = common.read_curves(path), json.loads(path.with_suffix(".config.json").read_text())
+        run = json.loads(path.with_suffix(".config.json").read_text())
         look = {"color": f"C{number}", "label": f"seed {run['seed']}, greedy"}
-        rate.plot(*curve(curves, "charts/finished"), color=look["color"], label=f"seed {run['seed']}")
-        steps, finished = curve(curves, "eval/finished")
+        rate.plot(*curve(path, "charts/finish_rate"), color=look["color"], label=f"seed {run['seed']}")
+        steps, finished = curve(path, "eval/finished")
         rate.plot(steps, finished / run["eval_episodes"], "o", **look)
-        laps.plot(*curve(curves, "eval/median"), "o-", **look)
-    steps, median = curve(common.read_curves(results / "pretrained-scotland.jsonl"), "eval/median")
+        laps.plot(*curve(path, "eval/median_lap"), "o-", **look)
+    steps, median = curve(results / "pretrained-scotland.jsonl", "eval/median_lap")
     laps.plot(1 + steps, median, "o-", color="C2", mfc="white", label="its sequel")  # it goes on from seed 3
     ai = json.loads((results / "pretrained-scotland.evaluation.json").read_text())["ai_median"]
     laps.axhline(ai, color="gray", linestyle="--", label="the game's AI")
     for path in sorted(results.glob("explore-*.jsonl")):
         run = json.loads(path.with_suffix(".config.json").read_text())
         label = f"weight {run['vf_coef']:g}, step size {run['learning_rate']:g}"
-        weights.plot(*curve(common.read_curves(path), "charts/progress"), label=label)
+        weights.plot(*curve(path, "charts/progress"), label=label)
     rate.set(ylabel="races finished", ylim=(0, 1.02))
     laps.set(ylabel="median lap, greedy (s)", ylim=(46, 62))
     weights.set(ylabel="lap covered, sampled", ylim=(0, 1.02), title="value loss's weight")
@@ -85,8 +88,9 @@ def draw_search(results: Path, picture: Path) -> None:
     figure, (minutes, frames) = panels(2, 9, sharey=True)
     for name, look in (("carracing", "o-"), ("carracing-2", "s--")):
         run = json.loads((results / f"{name}.config.json").read_text())
-        place, found = "in the dream", {"in the dream": [], "on real tracks": []}  # type: str, dict[str, list]
-        for row in map(json.loads, (results / f"{name}.jsonl").read_text().splitlines()):
+        place = "in the dream"
+        found: dict[str, list] = {place: [], "on real tracks": []}
+        for row in read_rows(results / f"{name}.jsonl"):
             if "real/return_mean" in row:
                 place = "on real tracks"
             elif "dream/return_mean" in row:
@@ -106,24 +110,11 @@ def draw_search(results: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def networks(file: Path) -> dict[str, dict]:
-    """The curves that networks.py, or an earlier version of it, has written."""
-    runs = json.loads(file.read_text())["curves"]
-    for curves in runs.values():
-        if "global_step" in curves:  # columns, in an earlier version
-            steps = curves.pop("global_step")
-            curves["charts/finished"] = curves.pop("charts/finish_rate")
-            curves.update({tag: list(zip(steps, column, strict=True)) for tag, column in curves.items()})
-    return runs
-
-
 def main(settings: Figures) -> None:
-    if settings.runs:
-        draw_curves({path.name: common.read_curves(path) for path in settings.runs}, settings.picture)
-        return
     draw_learning(settings.results, settings.docs / "learning.png")
     draw_search(settings.results, settings.docs / "carracing.png")
-    draw_curves(networks(settings.results / "networks-400k.json"), settings.docs / "networks-400k.png")
+    networks = json.loads((settings.results / "networks-400k.json").read_text())
+    draw_networks(networks["curves"], settings.docs / "networks-400k.png")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,11 @@ def main(settings: Networks) -> None:
         words += common.flags(total_timesteps=settings.decisions, eval_interval=10**6)  # the last iteration
         words += shlex.split(RUNS[name]) + shlex.split(settings.options)
         run = name.replace(", ", "-").replace(" / ", "-").replace(",", "-")
-        common.learn(script, settings.folder, run, words)
-        found = common.read_curves(settings.folder / "runs" / run)
-        curves[name] = {tag: found.get(tag, []) for tag in ("charts/progress", "charts/finished")}
+        found = common.learn(script, settings.folder, run, words)
+        races = [found.get(f"charts/{what}", []) for what in ("progress", "finished")]
+        progress, finished = ([value for _, value in curve] for curve in races)
+        steps = [step for step, _ in races[0]]  # figures.py draws these
+        curves[name] = {"global_step": steps, "charts/progress": progress, "charts/finish_rate": finished}
         last = {tag: curve[-1][1] for tag, curve in found.items()}
         steps, seconds = common.iteration_seconds(found)
         table[name] = {

@@ -25,7 +25,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -38,7 +37,7 @@ import numpy as np
 import psutil
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical
 
 import ppo_tuxkart
@@ -78,28 +77,26 @@ class Turn:
         row: dict[str, Any] = {"decisions": decisions, "sampling": sampling, "learning": learning}
         for name in ("return", "progress", "finished") if self.recent else ():
             row[name] = float(np.mean([episode[name] for episode in self.recent]))
-        learner, games = psutil.Process(), common.descendants(os.getpid())
+        learner, games = [psutil.Process()], common.descendants(os.getpid())
+        row["cpu"] = {"learner": common.cpu_seconds(learner), "games": common.cpu_seconds(games)}
         if not self.rows:
-            row["memory"] = common.megabytes([learner, *games])
-        row["cpu"] = {"learner": common.cpu_seconds([learner]), "games": common.cpu_seconds(games)}
+            row["memory"] = common.megabytes([*learner, *games])
         self.rows.append(row)
 
     def figures(self) -> dict[str, Any]:
-        """Of all iterations but the first, which has warmed up."""
+        """Of all iterations but the first, which has warmed up; minutes are those of all."""
         first, *warm = self.rows
-        last = warm[-1]
-        played = sum(row["decisions"] for row in warm)
-        sampling = sum(row["sampling"] for row in warm)
-        learning = sum(row["learning"] for row in warm)
-        cpu = {f"{party} CPU ms": last["cpu"][party] - first["cpu"][party] for party in last["cpu"]}
+        total = {name: sum(row[name] for row in warm) for name in ("decisions", "sampling", "learning")}
+        seconds = total["sampling"] + total["learning"]
+        used = {party: warm[-1]["cpu"][party] - first["cpu"][party] for party in first["cpu"]}
         return {
-            "decisions/s": played / (sampling + learning),
-            "sampling/s": played / sampling,
-            "learning ms": 1000 * learning / played,
-            **{name: 1000 * seconds / played for name, seconds in cpu.items()},
+            "decisions/s": total["decisions"] / seconds,
+            "sampling/s": total["decisions"] / total["sampling"],
+            "learning ms": 1000 * total["learning"] / total["decisions"],
+            **{f"{party} CPU ms": 1000 * cpu / total["decisions"] for party, cpu in used.items()},
             "MB": first["memory"],
-            "minutes": (first["sampling"] + first["learning"] + sampling + learning) / 60,
-            **{name: last.get(name, 0.0) for name in ("return", "progress", "finished")},
+            "minutes": (first["sampling"] + first["learning"] + seconds) / 60,
+            **{name: warm[-1].get(name, 0.0) for name in ("return", "progress", "finished")},
             "iterations": self.rows,
         }
 
@@ -108,12 +105,6 @@ def make_game(args: ppo_tuxkart.Args) -> Callable[[], gym.Env]:
     """A function that makes the game, as somebody would who only imports the file."""
     settings = {"track": args.track[0], "engine": args.engine, "random_start": args.random_start}
     return lambda: gym.make("ppo_tuxkart:TuxKart-v0", **settings)
-
-
-def give_weights(agent: nn.Module, other: nn.Module) -> None:
-    """Copies our network's weights to a peer's, which must have the same layers."""
-    for ours, theirs in zip(agent.parameters(), other.parameters(), strict=True):
-        theirs.data.copy_(ours.view(theirs.shape))
 
 
 # --- The peers ---
@@ -180,42 +171,30 @@ def play_sb3(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
         seed=args.seed,
         device=args.device,
     )
-    give_weights(agent, model.policy)
+    for ours, theirs in zip(agent.parameters(), model.policy.parameters(), strict=True):  # the same layers
+        theirs.data.copy_(ours.view(theirs.shape))
     model.learn(args.total_timesteps, callback=keep)
     envs.close()
 
 
-class FloatAgent(nn.Module):
-    """The same network in the way of CleanRL: float pictures, divided by 255 at every look."""
-
-    def __init__(self, channels: int, features: int, nvec: list[int]) -> None:
-        super().__init__()
-        self.nvec = nvec
-        self.body = nn.Sequential(
-            *(nn.Conv2d(channels, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()),
-            *(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(features, 512), nn.ReLU()),
-        )
-        self.actor, self.critic = nn.Linear(512, sum(nvec)), nn.Linear(512, 1)
-
-    def forward(self, pictures: Tensor, actions: Tensor | None = None) -> tuple:
-        """Pictures (B, C, H, W) -> actions (B, A), log-probability, entropy, value (B,)."""
-        hidden = self.body(pictures / 255.0)
-        parts = [Categorical(logits=block) for block in self.actor(hidden).split(self.nvec, -1)]
-        if actions is None:
-            actions = torch.stack([part.sample() for part in parts], -1)
-        logprobs = [part.log_prob(action) for part, action in zip(parts, actions.unbind(-1), strict=True)]
-        entropies = [part.entropy() for part in parts]
-        return actions, sum(logprobs), sum(entropies), self.critic(hidden).flatten()
+def look(agent: Any, pictures: Tensor, actions: Tensor | None = None) -> tuple:
+    """The same network in the way of CleanRL: float pictures (B, C, H, W), divided by 255 at every look
+    -> actions (B, A), log-probability, entropy, value (B,)."""
+    hidden = agent.hidden(agent.convolutions(pictures / 255.0))
+    parts = [Categorical(logits=block) for block in agent.policy(hidden).split(agent.nvec, -1)]
+    if actions is None:
+        actions = torch.stack([part.sample() for part in parts], -1)
+    logprobs = [part.log_prob(action) for part, action in zip(parts, actions.unbind(-1), strict=True)]
+    entropies = [part.entropy() for part in parts]
+    return actions, sum(logprobs), sum(entropies), agent.value(hidden).flatten()
 
 
 def play_cleanrl(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
     device = torch.device(args.device)
     envs = gym.vector.AsyncVectorEnv([make_game(args)] * args.num_envs)
     space, shape = envs.single_observation_space, (args.num_steps, args.num_envs)
-    peer = FloatAgent(space.shape[0], agent.hidden[0].in_features, agent.nvec)  # type: ignore[index]
-    give_weights(agent, peer)
-    peer.to(device)
-    optimizer = torch.optim.Adam(peer.parameters(), lr=args.learning_rate, eps=1e-5)
+    agent.to(device, memory_format=torch.contiguous_format)  # ours has its channels last
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     obs = torch.zeros((*shape, *space.shape), device=device)  # type: ignore[misc]
     actions = torch.zeros((*shape, len(agent.nvec)), device=device, dtype=torch.int64)
     logprobs, values, rewards, dones = (torch.zeros(shape, device=device) for _ in range(4))
@@ -229,7 +208,7 @@ def play_cleanrl(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
         for t in range(args.num_steps):
             obs[t], dones[t] = picture, done
             with torch.no_grad():
-                actions[t], logprobs[t], _, values[t] = peer(picture)
+                actions[t], logprobs[t], _, values[t] = look(agent, picture)
             picture, reward, terminations, truncations, infos = envs.step(actions[t].cpu().numpy())
             rewards[t] = torch.tensor(reward, device=device)
             picture = torch.tensor(picture, dtype=torch.float32, device=device)
@@ -237,7 +216,7 @@ def play_cleanrl(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
             for i in np.flatnonzero(infos.get("_end", ())):
                 episodes.append({name: values[i] for name, values in infos.items() if name[0] != "_"})
         with torch.no_grad():
-            following = peer(picture)[3]
+            following = look(agent, picture)[3]
         going_on = 1 - done  # a time limit counts as the end, as it does there
         advantages, running = torch.zeros_like(rewards), torch.zeros(args.num_envs, device=device)
         for t in reversed(range(args.num_steps)):
@@ -248,14 +227,14 @@ def play_cleanrl(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
         data = [part.flatten(0, 1) for part in (obs, actions, logprobs, advantages, advantages + values)]
         for _ in range(args.epochs):
             for rows in np.array_split(np.random.permutation(size), args.num_minibatches):
-                cleanrl_step(peer, optimizer, [part[torch.from_numpy(rows)] for part in data], args)
+                cleanrl_step(agent, optimizer, [part[torch.from_numpy(rows)] for part in data], args)
         turn(size - int(dones.sum()), sampled - started, time.perf_counter() - sampled, episodes)
     envs.close()
 
 
-def cleanrl_step(peer: nn.Module, optimizer: Any, batch: list[Tensor], args: ppo_tuxkart.Args) -> None:
+def cleanrl_step(agent: Any, optimizer: Any, batch: list[Tensor], args: ppo_tuxkart.Args) -> None:
     pictures, actions, before, advantages, returns = batch
-    _, logprobs, entropy, values = peer(pictures, actions)
+    _, logprobs, entropy, values = look(agent, pictures, actions)
     ratio = (logprobs - before).exp()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     limited = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -263,7 +242,7 @@ def cleanrl_step(peer: nn.Module, optimizer: Any, batch: list[Tensor], args: ppo
     loss += args.vf_coef * 0.5 * ((values - returns) ** 2).mean() - args.ent_coef * entropy.mean()
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(peer.parameters(), args.max_grad_norm)
+    torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
 
 
@@ -290,13 +269,11 @@ def play_turn(settings: Peers, peer: str) -> None:
     print(json.dumps(turn.figures()), flush=True)
 
 
-def environment(peer: str, folder: str) -> dict[str, str]:
+def environment(peer: str) -> dict[str, str]:
     """Environment variables of a peer's process. Ours sets for itself what `:tuned` does."""
-    variables = {name: value for name, value in common.home(folder).items() if name not in TUNED}
+    variables = {name: value for name, value in os.environ.items() if name not in TUNED}
     variables["PYTHONPATH"] = str(common.ROOT)  # for the games' processes
-    if peer == "ours" or peer.endswith(":tuned"):
-        variables.update(TUNED)
-    return variables
+    return variables | (TUNED if peer == "ours" or peer.endswith(":tuned") else {})
 
 
 def summarize(turns: dict[str, list[dict]]) -> dict[str, dict]:
@@ -310,13 +287,12 @@ def summarize(turns: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def main(settings: Peers) -> None:
-    common.adopt_orphans()
     turns: dict[str, list[dict]] = {peer: [] for peer in settings.peers}
     for number, peer in common.in_turns(list(turns), settings.rounds):
         passed = {**vars(settings), "seed": settings.seed + number, "turn": peer}
         words = common.flags(**{key: passed[key] for key in passed.keys() - {"peers", "rounds", "out"}})
-        with tempfile.TemporaryDirectory() as folder:
-            turns[peer].append(common.run_turn([sys.executable, __file__, *words], environment(peer, folder)))
+        said = common.run([sys.executable, __file__, *words], env=environment(peer))
+        turns[peer].append(json.loads(said.splitlines()[-1]))
         print(f"round {number + 1}, {peer}: {turns[peer][-1]['decisions/s']:.0f} decisions/s", flush=True)
         common.write_json(settings.out, settings, {"table": summarize(turns), "turns": turns})
     print(f"\n{settings.num_envs} games, {settings.threads} threads, medians of {settings.rounds} rounds")

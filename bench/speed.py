@@ -1,14 +1,13 @@
 """How fast scripts learn, side by side in one run, in turns.
 
     python bench/speed.py ppo_tuxkart.py
-    python bench/speed.py /path/to/old/ppo_tuxkart.py ppo_tuxkart.py --bare --profile --out FILE
+    python bench/speed.py /path/to/old/ppo_tuxkart.py ppo_tuxkart.py --bare --out FILE
 
 Each script is started as its users start it, for a short training without evaluations, in an empty
 folder. The table gives medians over the rounds:
 
     decisions/s       from the end of the first iteration to the end of the last one that counts, by the clock
     of the first      that beside the first script's, the median of the rounds' own ratios
-    says              the median of charts/SPS in its TensorBoard files, or in its metrics.jsonl
     sampling/s        decisions a second while it does not learn, that is outside of `ppo_update`
     learning ms       of a decision's time
     first decision s  from the command to the first decision
@@ -17,13 +16,10 @@ folder. The table gives medians over the rounds:
 
 `--ranks 1 2` starts each script with torchrun as well, on two ranks that share the games; "learner"
 is torchrun then. `--bare` adds game processes that do nothing but step, driven around the track by
-the game's own AI: with drawing, where each copies the picture as well, and without. `--profile` has
-each script train once more and shows where the learner's process spends an iteration; cProfile
-makes what calls much Python slower than it is.
+the game's own AI: with drawing, where each copies the picture as well, and without.
 """
 
 import dataclasses
-import importlib
 import multiprocessing
 import os
 import shlex
@@ -55,23 +51,21 @@ class Speed:
     options: str = ""  # more flags for every script: --options="--num-karts 3"
     bare: bool = False  # also measure games that only step
     seconds: float = 10.0  # time for each measurement of those
-    profile: bool = False  # also profile an iteration of each script
     out: Path | None = None  # JSON file to write
 
 
-def start(settings: Speed, turn: tuple[Path, int], folder: Path, iterations: int, profile: bool) -> subprocess.Popen:
+def start(settings: Speed, turn: tuple[Path, int], folder: Path) -> subprocess.Popen:
     """Starts a training of a script on some ranks, which notes what it does; see watch.py."""
     script, ranks = turn
     watcher = Path(__file__).with_name("watch.py")
     hook = f"import runpy, sys\nif {str(script)!r} in sys.argv[:1]:\n    runpy.run_path({str(watcher)!r})\n"
     (folder / "sitecustomize.py").write_text(hook)  # Python runs it first
-    variables = {**common.home(folder), "PYTHONPATH": str(folder), "WATCH_LOG": str(folder / "log")}
-    if profile:
-        variables["WATCH_PROFILE"] = str(folder / "profile")
+    variables = {**os.environ, "PYTHONPATH": str(folder), "WATCH_LOG": str(folder / "log")}
+    variables.update(SUPERTUXKART_SAVEDIR=str(folder), XDG_CONFIG_HOME=str(folder))  # for older scripts
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    total = iterations * settings.num_envs * settings.num_steps
+    total = (settings.iterations + 2) * settings.num_envs * settings.num_steps
     command += [str(script), "--name", "speed", "--eval-interval", "0", *shlex.split(settings.options)]
     command += common.flags(num_envs=settings.num_envs // ranks, num_steps=settings.num_steps, total_timesteps=total)
     if "--observe" not in command and "load_teachers" in script.read_text():
@@ -102,7 +96,7 @@ def play_turn(settings: Speed, turn: tuple[Path, int]) -> dict[str, float]:
     """One training of a script. Returns its figures."""
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.time()
-        process = start(settings, turn, folder, settings.iterations + 2, False)
+        process = start(settings, turn, folder)
         try:
             wait_for_updates(process, folder, 1)
             parties = {"learner": [psutil.Process(process.pid)], "games": common.descendants(process.pid)}
@@ -112,16 +106,16 @@ def play_turn(settings: Speed, turn: tuple[Path, int]) -> dict[str, float]:
             memory = {party: common.megabytes(those) for party, those in parties.items()}
             process.wait()
         finally:
-            common.end_all()
+            if process.poll() is None:
+                for left in [*common.descendants(process.pid), process]:
+                    left.kill()
         learnt, learning = times(folder, "learnt"), times(folder, "learning")
         first_decision = times(folder, "decision")[0] - started
-        own = [rate for _, rate in common.read_curves(folder / "runs" / "speed")["charts/SPS"]]
     decisions = settings.iterations * settings.num_envs * settings.num_steps
     seconds = learnt[settings.iterations] - learnt[0]
     spent = sum(learnt[i] - learning[i] for i in range(1, settings.iterations + 1))
     return {
         "decisions/s": decisions / seconds,
-        "says": statistics.median(own[1:-1]),
         "sampling/s": decisions / (seconds - spent),
         "learning ms": 1000 * spent / decisions,
         "first decision s": first_decision,
@@ -130,37 +124,16 @@ def play_turn(settings: Speed, turn: tuple[Path, int]) -> dict[str, float]:
     }
 
 
-def profile_iteration(settings: Speed, turn: tuple[Path, int]) -> dict[str, dict]:
-    """Where the learner's process spends an iteration."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        process = start(settings, turn, folder, 3, True)
-        try:
-            wait_for_updates(process, folder, 3)  # the profile was written after the second
-            return common.profile_table(folder / "profile")
-        finally:
-            common.end_all()
-
-
 def bare_game(settings: Speed, drawing: bool, ready: Any, counts: Any) -> None:
     """Steps one game, in a process of its own. ready: a barrier; counts: a queue of steps."""
-    import ppo_tuxkart
+    from ppo_tuxkart import TuxKartEnv
 
-    versions, _ = ppo_tuxkart.find_game(settings.engine)
-    hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"  # as the script does
-    os.environ.update(TUXKART_ALONE="1", LP_NUM_THREADS="0", MESA_EXTENSION_OVERRIDE=hidden)
-    stk = importlib.import_module(versions["engine"])
-    game = ppo_tuxkart.Game()
-    graphics = stk.GraphicsConfig.ld() if drawing else stk.GraphicsConfig.none()
-    graphics.screen_width, graphics.screen_height = game.width, game.height
-    stk.init(graphics)
-    config = stk.RaceConfig()
-    config.track, config.laps, config.num_kart = settings.track, 100, 1
-    config.difficulty, config.step_size = game.difficulty, game.step_size
-    config.players[0].kart = "tux"
-    config.players[0].controller = stk.PlayerConfig.Controller.AI_CONTROL
-    race = stk.Race(config)
-    race.start()
+    observe = "pixels" if drawing else "state"
+    env = TuxKartEnv(settings.track, engine=settings.engine, observe=observe, laps=100)
+    env.start_engine()
+    env.game.driver = "ai"  # not before: of its races nothing would be drawn
+    env.load_track()
+    race = env.race
     race.step()
     steps = 0
     ready.wait()
@@ -177,18 +150,14 @@ def play_bare(settings: Speed, drawing: bool) -> dict[str, float]:
     """Decisions a second of games that only step, all together."""
     context = multiprocessing.get_context("spawn")
     ready, counts = context.Barrier(settings.num_envs), context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(common.home(folder))
-        work = (settings, drawing, ready, counts)
-        games = [context.Process(target=bare_game, args=work) for _ in range(settings.num_envs)]
-        try:
-            for game in games:
-                game.start()
-            steps = sum(counts.get(timeout=300 + settings.seconds) for _ in games)
-        finally:
-            for game in games:
-                game.kill()
-                game.join()
+    work = (settings, drawing, ready, counts)
+    games = [context.Process(target=bare_game, args=work, daemon=True) for _ in range(settings.num_envs)]
+    for game in games:
+        game.start()
+    steps = sum(counts.get(timeout=300 + settings.seconds) for _ in games)
+    for game in games:
+        game.kill()
+        game.join()
     return {"decisions/s": steps / settings.seconds}
 
 
@@ -201,7 +170,6 @@ def main(settings: Speed) -> None:
             name = str(script) if ranks == 1 else f"{script}, {ranks} ranks"
             scripts[name] = (script.resolve(), ranks)
     bare = {"bare game": True, "bare, not drawn": False} if settings.bare else {}
-    common.adopt_orphans()
     turns: dict[str, list[dict]] = {name: [] for name in [*scripts, *bare]}
     for number, name in common.in_turns(list(turns), settings.rounds):
         figures = play_turn(settings, scripts[name]) if name in scripts else play_bare(settings, bare[name])
@@ -216,13 +184,7 @@ def main(settings: Speed) -> None:
     cores = len(os.sched_getaffinity(0))
     print(f"\n{settings.num_envs} games, {cores} cores, medians of {settings.rounds} rounds")
     common.print_table(table)
-    result: dict[str, Any] = {"table": table, "turns": turns, "profiles": {}}
-    common.write_json(settings.out, settings, result)
-    for name, turn in scripts.items() if settings.profile else ():
-        result["profiles"][name] = profile_iteration(settings, turn)
-        print(f"\nWhere the learner of {name} spends an iteration")
-        common.print_table(result["profiles"][name])
-        common.write_json(settings.out, settings, result)
+    common.write_json(settings.out, settings, {"table": table, "turns": turns})
 
 
 if __name__ == "__main__":

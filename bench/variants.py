@@ -31,24 +31,24 @@ class Variants:
     out: Path | None = None  # JSON file to write
 
 
-def measure(run: Path, settings: Variants) -> dict:
+def measure(curves: dict, settings: Variants) -> dict:
     """What one run reached, and when."""
-    curves = common.read_curves(run)
     steps, seconds = common.iteration_seconds(curves)
     minutes = seconds.cumsum() / 60
     evaluations = []
     for (step, finished), (_, median) in zip(curves["eval/finished"], curves["eval/median"], strict=True):
         minute = float(minutes[np.searchsorted(steps, step)])
-        evaluations.append({"step": step, "minutes": minute, "finished": finished, "median": median})
+        evaluations.append({"k": step / 1000, "minutes": minute, "finished": finished, "median": median})
     complete = [row for row in evaluations if row["finished"] == settings.races]
-    quick = [row for row in complete if row["median"] < settings.goal]
-    none = {"step": np.nan, "minutes": np.nan, "median": np.nan}
+    never = {"k": np.nan, "minutes": np.nan}
+    first = next(iter(complete), never)
+    quick = next((row for row in complete if row["median"] < settings.goal), never)
     return {
         "decisions/s": float(steps[-1] / minutes[-1] / 60),
-        "all finish, k": (complete or [none])[0]["step"] / 1000,
-        "minutes": (complete or [none])[0]["minutes"],
-        "under goal, k": (quick or [none])[0]["step"] / 1000,
-        "minutes then": (quick or [none])[0]["minutes"],
+        "all finish, k": first["k"],
+        "minutes": first["minutes"],
+        "under goal, k": quick["k"],
+        "minutes then": quick["minutes"],
         "best": min((row["median"] for row in complete), default=np.nan),
         "last": evaluations[-1]["median"],
         "finished": evaluations[-1]["finished"],
@@ -71,10 +71,10 @@ def main(settings: Variants) -> None:
             name, _, flags = variant.partition(":")
             typed = shlex.split(f"{settings.options} {flags} --seed {seed}")
             typed += common.flags(eval_episodes=settings.races)
-            common.learn(settings.script, settings.folder, f"{name}-{seed}", typed)
-            run = measure(settings.folder / "runs" / f"{name}-{seed}", settings)
-            runs.setdefault(name, []).append(run)
-            row = {key: float(np.mean([run[key] for run in runs[name]])) for key in run if key != "evaluations"}
+            curves = common.learn(settings.script, settings.folder, f"{name}-{seed}", typed)
+            runs.setdefault(name, []).append(measure(curves, settings))
+            numbers = [key for key, value in runs[name][0].items() if isinstance(value, float)]
+            row = {key: float(np.mean([run[key] for run in runs[name]])) for key in numbers}
             low, high = interval([run["last"] for run in runs[name]])
             table[name] = {"seeds": len(runs[name]), **row, "low": low, "high": high}
             print(f"\n{settings.options}")

@@ -2,23 +2,19 @@
 script.
 
 A thread waits until the script has defined `choose_actions` and `ppo_update`, and puts functions
-around them that append a line to the file $WATCH_LOG: "decision", "learning" and "learnt" with the
-time, in seconds since 1970. With $WATCH_PROFILE the learner is profiled from the end of the first
-update to the end of the second one.
+around them that append a line to the file $WATCH_LOG: "decision" (the first), "learning" and "learnt"
+with the time, in seconds since 1970.
 """
 
-import cProfile
 import os
 import sys
 import threading
 import time
 from typing import Any
 
-LOG, PROFILE = os.environ["WATCH_LOG"], os.environ.get("WATCH_PROFILE")
-
 
 def note(what: str) -> None:
-    with open(LOG, "a") as file:
+    with open(os.environ["WATCH_LOG"], "a") as file:
         file.write(f"{what} {time.time()}\n")
 
 
@@ -26,8 +22,7 @@ def watch() -> None:
     script: Any = sys.modules["__main__"]
     while not (hasattr(script, "choose_actions") and hasattr(script, "ppo_update")):
         time.sleep(0.002)
-    choose, update, profiler = script.choose_actions, script.ppo_update, cProfile.Profile()
-    updates = 0
+    choose, update = script.choose_actions, script.ppo_update
 
     def first_choice(*args: Any, **settings: Any) -> Any:
         script.choose_actions = choose
@@ -35,16 +30,9 @@ def watch() -> None:
         return choose(*args, **settings)
 
     def watched_update(*args: Any, **settings: Any) -> Any:
-        nonlocal updates
         note("learning")
         result = update(*args, **settings)
         note("learnt")
-        updates += 1
-        if PROFILE and updates == 1:
-            profiler.enable()
-        elif PROFILE and updates == 2:
-            profiler.disable()
-            profiler.dump_stats(PROFILE)
         return result
 
     script.choose_actions, script.ppo_update = first_choice, watched_update

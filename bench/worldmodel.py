@@ -62,12 +62,12 @@ def loop_speed(drivers: Any, agent: Any, controllers: torch.Tensor, world: Any, 
 def dream_speed(agent: wm.Agent, controllers: torch.Tensor, seconds: float) -> float:
     """Steps a second of the dream on all cores."""
     torch.set_num_threads(CORES)
-    args, chance, count = wm.Args(dream_steps=20), torch.Generator().manual_seed(0), 0
+    args, count = wm.Args(dream_steps=20), 0
     z = torch.randn(16, wm.LATENTS)
     state = (torch.zeros(1, 16, wm.HIDDEN), torch.zeros(1, 16, wm.HIDDEN))
     started = time.perf_counter()
     while time.perf_counter() - started < seconds:
-        wm.dream_returns(args, agent.memory, controllers, z, state, chance)
+        wm.dream_returns(args, agent.memory, controllers, z, state, seed=count)
         count += len(controllers) * len(z) * args.dream_steps
     return count / (time.perf_counter() - started)
 
@@ -110,8 +110,7 @@ def drive_evenly(seed: int, repeat: int, limit: int) -> float:
 def worlds(settings: Worlds) -> None:
     checkpoint = wm.load_checkpoint(settings.checkpoint)
     args = checkpoint["args"]
-    agent = wm.Agent(args)
-    wm.load_weights(agent, checkpoint, settings.checkpoint)
+    agent = wm.Agent(args, checkpoint, settings.checkpoint)
     seeds = range(settings.seed, settings.seed + settings.episodes)
     jobs: list[dict] = [{"seed": seed, "controller": 0, "limit": settings.limit} for seed in seeds]
     at_random = [{**job, "noise": (0, 0)} for job in jobs]

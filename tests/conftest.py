@@ -149,7 +149,23 @@ def is_running(pid):
     return False
 
 
+def call_main(script, words, monkeypatch, capfd):
+    """Exit code and words of a script's main, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capfd.readouterr()
+    code = 0
+    try:
+        script.main()
+    except SystemExit as stop:
+        code = stop.code
+    said = "".join(capfd.readouterr())
+    assert "Traceback" not in said and "executed" not in said
+    return code, " ".join(said.replace("│", " ").split())
+
+
 CLOCK = {"charts/SPS", "charts/sampling_SPS", "charts/elapsed_seconds", "charts/update_seconds"}
+CLOCK |= {"dream/frames_per_second", "real/frames_per_second"}
 
 
 def metrics(folder):

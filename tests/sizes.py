@@ -28,8 +28,6 @@ SCRIPTS = {
 NOT_YET = {
     "ppo_tuxkart.py, lines": 1476,
     "ppo_tuxkart.py, definitions": 76,
-    "bench/*.py, lines": 1589,
-    "worldmodel_carracing.py, lines": 1108,
     "ppo_tuxkart_resnet.py, lines": 1786,
 }
 

@@ -4,17 +4,17 @@ import dataclasses
 import multiprocessing
 import os
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, slow
+from conftest import ROOT, call_main, slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ppo_tuxkart
+import worldmodel_carracing as wm
 
 MISTAKES = {
     "--reward zigzag:much": "type zigzag:0.5",
@@ -42,6 +42,20 @@ MISTAKES = {
     "--epochs many": "Error parsing",
     "--no-such-flag": "Unrecognized",
 }
+CAR = {
+    "--population 1": "--population is 1: type a number from 4 to 10000",
+    "--hours nan": "--hours is nan",
+    "--stages vision": "The next stage is collect",
+    "--stages drive": "Invalid choice",
+    "--stages": "The next stage is collect",
+    "--quick --temperature 0": "--temperature is 0.0",
+    "--init-from nothing.pt": "There is no nothing.pt",
+    "--dream text.pt": "text.pt is not a checkpoint",
+    "--init-from foreign.pt": "foreign.pt is not a checkpoint of this script",
+    "--dream pickle.pt": "pickle.pt is not a checkpoint of this script",
+    "--evaluate small.pt": "small.pt holds other networks",
+    "--resume runs/none": "There is no runs/none/last.pt",
+}
 
 
 class Evil:
@@ -65,28 +79,20 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(arguments, monkeypatch, capfd):
-    """Exit code and words of a script's main, in this process."""
-    monkeypatch.setattr(sys, "argv", ["ppo_tuxkart.py", *arguments])
-    monkeypatch.setattr(ppo_tuxkart.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as stopped:
-        ppo_tuxkart.main()
-    said = "".join(capfd.readouterr())
-    assert "Traceback" not in said and "executed" not in said
-    return stopped.value.code, " ".join(said.replace("│", " ").split())
-
-
-@pytest.mark.parametrize("arguments", MISTAKES)
-def test_mistakes_are_one_sentence(arguments, files, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "script, arguments", [(ppo_tuxkart, words) for words in MISTAKES] + [(wm, words) for words in CAR]
+)
+def test_mistakes_are_one_sentence(script, arguments, files, monkeypatch, capfd):
     monkeypatch.chdir(files)
     before = sorted(files.rglob("*"))
-    code, said = start(arguments.split(), monkeypatch, capfd)
-    assert code == 2 and MISTAKES[arguments] in said
+    script = ppo_tuxkart if arguments in MISTAKES else wm
+    code, said = call_main(script, arguments.split(), monkeypatch, capfd)
+    assert code == 2 and (MISTAKES | CAR)[arguments] in said, said
     assert not multiprocessing.active_children() and sorted(files.rglob("*")) == before
 
 
 def test_help_explains_every_flag(monkeypatch, capfd):
-    code, said = start(["--help"], monkeypatch, capfd)
+    code, said = call_main(ppo_tuxkart, ["--help"], monkeypatch, capfd)
     assert code == 0 and "python ppo_tuxkart.py --track scotland" in said
     for field in dataclasses.fields(ppo_tuxkart.Args):
         hidden = hasattr(field.type, "__metadata__")
@@ -97,7 +103,7 @@ def test_help_explains_every_flag(monkeypatch, capfd):
 def test_world_size_without_torchrun(files, monkeypatch, capfd):
     monkeypatch.chdir(files)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, said = start([], monkeypatch, capfd)
+    code, said = call_main(ppo_tuxkart, [], monkeypatch, capfd)
     assert code == 2 and "type unset WORLD_SIZE" in said
 
 
@@ -149,5 +155,5 @@ def test_whatever_is_typed_is_settings_or_one_sentence(parts, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ppo_tuxkart, "make_agent", mock.Mock(side_effect=SystemExit(2)))  # the game comes next
     words = [word for flag, values in parts for word in (flag, *values)]
-    code, _ = start(words, monkeypatch, capfd)
+    code, _ = call_main(ppo_tuxkart, words, monkeypatch, capfd)
     assert (code == 2 or "--help" in words) and not list(tmp_path.iterdir())

@@ -46,10 +46,8 @@ def kill(started, folder):
 @pytest.mark.parametrize("script", [*SCRIPTS, pytest.param("ppo_tuxkart_lstm", marks=slow)])
 def test_killed_and_resumed_is_the_run_that_never_stopped(script, tmp_path):
     """Killed while its teacher learns and while it learns itself; then number for number, on a CPU."""
-    settings, where = (
-        [*SCRIPTS.get(script, ()), *SMALL, "--seed", 5, "--total-timesteps", 8 * 32],
-        {"cwd": tmp_path, "script": script},
-    )
+    settings = [*SCRIPTS.get(script, ()), *SMALL, "--seed", 5, "--total-timesteps", 8 * 32]
+    where = {"cwd": tmp_path, "script": script}
     teaches = script == "ppo_tuxkart"
     settings += ["--teacher", "learn"] if teaches else []
     whole = run(*settings, "--name", "whole", patch=OFTEN, **where)
@@ -138,20 +136,9 @@ def test_a_mistake_in_a_reward_is_shown_whole_and_at_once(tmp_path):
 def trained(tmp_path_factory):
     """Some 10,000 decisions of learning: the working folder and the run's."""
     cwd = tmp_path_factory.mktemp("learning")
-    settings = [
-        "--teacher",
-        "none",
-        "--num-envs",
-        8,
-        "--num-steps",
-        64,
-        "--total-timesteps",
-        10_240,
-        "--random-start",
-        0.2,
-    ]
-    settings += ["--eval-interval", 20, "--eval-episodes", 2, "--seed", 2, "--name", "trained"]
-    finished = run(*settings, cwd=cwd, patch="script.LAP_SECONDS = 60.0")
+    settings = """--teacher none --num-envs 8 --num-steps 64 --total-timesteps 10240 --random-start 0.2
+        --eval-interval 20 --eval-episodes 2 --seed 2 --name trained"""
+    finished = run(*settings.split(), cwd=cwd, patch="script.LAP_SECONDS = 60.0")
     assert finished.returncode == 0, finished.stderr
     return cwd, cwd / "runs" / "trained"
 
@@ -221,9 +208,8 @@ def test_every_way_to_start_a_process(method, tmp_path):
     races = ("--eval-interval", 2, "--eval-episodes", 2)
     learnt = run(*SIZE, *races, "--total-timesteps", 64, "--name", method, cwd=tmp_path, patch=patch)
     assert learnt.returncode == 0, learnt.stderr
-    assert (
-        list(metrics(tmp_path / "runs" / method)) == [32, 64] and (tmp_path / "runs" / method / "mosaic.mp4").exists()
-    )
+    folder = tmp_path / "runs" / method
+    assert list(metrics(folder)) == [32, 64] and (folder / "mosaic.mp4").exists()
 
 
 # --- Slow: faults

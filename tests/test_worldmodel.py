@@ -5,29 +5,22 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
-from pathlib import Path
 
 import cma
+import conftest
 import imageio.v3
 import numpy as np
 import pytest
 import torch
 import tyro
+from conftest import ROOT, Started, alive, call_main, metrics, slow
 from gymnasium.envs.box2d.car_racing import PLAYFIELD, CarRacing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributions
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import worldmodel_carracing as wm  # noqa: E402
-
-slow = pytest.mark.slow
-
+import worldmodel_carracing as wm
 
 # --- The environment
 
@@ -41,9 +34,11 @@ def random_actions(seed, count):
 
 def test_tracks_physics_and_rewards_are_gymnasiums():
     fast, real = wm.FastCarRacing(), CarRacing()
-    fast.reset(seed=1, options={"place": 0.5})
+    fast.place = 0.5
+    fast.reset(seed=1)
     real.reset(seed=1)
     assert fast.track[0] == real.track[len(real.track) // 2] and sorted(fast.track) == sorted(real.track)
+    fast.place = 0.0
     fast.reset(seed=1)
     assert fast.track == real.track
     for action in random_actions(1, 120):
@@ -59,7 +54,8 @@ def test_pictures_are_near_gymnasiums():
     rng, errors = np.random.default_rng(0), {"zoom": [], "drive": [], "anywhere": []}
     for seed in range(4):
         env = wm.FastCarRacing()
-        env.reset(seed=seed, options={"place": rng.random()})
+        env.place = rng.random()
+        env.reset(seed=seed)
         for t, action in enumerate(random_actions(seed, 140)):
             env.step(action)
             if t % 12 == 0:
@@ -166,7 +162,7 @@ def test_a_dream_of_many_is_many_dreams():
     z, state = torch.randn(5, 32), (torch.randn(1, 5, 256), torch.randn(1, 5, 256))
 
     def dream(some, seed=0):
-        return wm.dream_returns(args, memory, some, z, state, torch.Generator().manual_seed(seed))
+        return wm.dream_returns(args, memory, some, z, state, seed)
 
     together, alone = dream(controllers), torch.cat([dream(controllers[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
@@ -232,25 +228,30 @@ def rosenbrock(x):
     return (100 * (x[..., 1:] - x[..., :-1] ** 2) ** 2 + (1 - x[..., :-1]) ** 2).sum(-1)
 
 
-FUNCTIONS = {  # and sigma
-    "sphere": (lambda x: (x**2).sum(-1), 1.0),
-    "ellipsoid": (lambda x: (SLOPES * x**2).sum(-1), 1.0),
-    "rosenbrock": (rosenbrock, 0.1),
+def rastrigin(x):
+    return (10 + x**2 - 10 * torch.cos(2 * math.pi * x)).sum(-1)
+
+
+FUNCTIONS = {  # sigma, dimensions, candidates
+    "sphere": (lambda x: (x**2).sum(-1), 1.0, 10, 10),
+    "ellipsoid": (lambda x: (SLOPES * x**2).sum(-1), 1.0, 10, 10),
+    "rosenbrock": (rosenbrock, 0.1, 10, 10),
+    "rastrigin": (rastrigin, 2.0, 3, 80),  # of many valleys
 }
 
 
-def evaluations(function, sigma, seed, reference):
+def evaluations(function, sigma, n, population, seed, reference):
     """Evaluations until a candidate is below 1e-9, or infinity."""
-    start = np.random.default_rng(seed).uniform(-1, 1, 10)
-    search = wm.CMAES(torch.from_numpy(start), sigma, 10, seed)
+    start = np.random.default_rng(seed).uniform(-1, 1, n)
+    search = wm.CMAES(torch.from_numpy(start), sigma, population, seed)
     if reference:
-        options = {"popsize": 10, "seed": seed + 1, "verbose": -9, "tolfun": 0, "tolfunhist": 0}
+        options = {"popsize": population, "seed": seed + 1, "verbose": -9, "tolfun": 0, "tolfunhist": 0}
         search = cma.CMAEvolutionStrategy(start, sigma, options | {"tolflatfitness": 99999})
-    for generation in range(1, 800):
+    for generation in range(1, 8000 // population):
         candidates = search.ask()
         costs = function(torch.as_tensor(np.stack(candidates) if reference else candidates).double())
         if costs.min() < 1e-9:
-            return generation * 10
+            return generation * population
         search.tell(*([candidates, costs.tolist()] if reference else [costs]))
     return np.inf
 
@@ -263,6 +264,22 @@ def test_search_needs_as_many_evaluations_as_pycma(name):
     ratio = np.median(np.sort(ours)[: min(solved)]) / np.median(np.sort(theirs)[: min(solved)])
     print(f"{name}: solved {solved} of 7, median evaluations {ratio:.2f} of pycma's")
     assert min(solved) >= 4 and abs(solved[0] - solved[1]) <= 3 and 0.8 < ratio < 1.25
+
+
+def test_a_search_that_was_saved_goes_on_number_for_number(tmp_path):
+    def minimize(search, generations):
+        for _ in range(generations):
+            search.tell(rosenbrock(search.ask().flatten(1).double()))
+
+    search, again = wm.CMAES(torch.ones(2, 5), 0.3, 8, seed=4), wm.CMAES(torch.zeros(2, 5), 1.0, 8)
+    minimize(search, 7)
+    wm.save({"search": vars(search)}, tmp_path / "last.pt")
+    vars(again).update(load(tmp_path / "last.pt")["search"])
+    for one in (search, again):
+        minimize(one, 30)
+    assert search.generation == 37 and search.sigma == again.sigma
+    for name in ("mean", "C", "basis", "scales", "path_sigma", "path_c"):
+        assert torch.equal(getattr(search, name), getattr(again, name))
 
 
 def test_the_controllers_size_has_hansens_defaults():
@@ -319,16 +336,6 @@ def test_giving_up_costs_what_standing_still_costs():
     assert aborted["return"] == pytest.approx(stood["return"])
 
 
-def alive(pids):
-    """Those of the processes that still run, after a moment of grace."""
-    deadline = time.monotonic() + 10
-    while pids and time.monotonic() < deadline:
-        time.sleep(0.1)
-        stats = [Path(f"/proc/{pid}/stat") for pid in pids]
-        pids = [stat.parent.name for stat in stats if stat.exists() and ") Z" not in stat.read_text()]
-    return pids
-
-
 # --- Whole runs
 
 SMALL = """--collect-frames 300 --vision-steps 20 --memory-steps 20 --population 6 --tracks 1 --generations 3
@@ -336,33 +343,22 @@ SMALL = """--collect-frames 300 --vision-steps 20 --memory-steps 20 --population
     --eval-interval 2 --eval-episodes 1""".split()
 KILLER = """
 import os, signal
-import worldmodel_carracing as wm
 
-def save_and_die(contents, path, save=wm.save):
+def save_and_die(contents, path, save=script.save):
     save(contents, path)
-    if path.name == "last.pt" and "{name} {step}".format(**contents["stage"]) == os.environ["DIE"]:
+    if path.name == "last.pt" and "{name} {step}".format(**contents["stage"]) == DIE:
         os.kill(os.getpid(), signal.SIGKILL)
 
-wm.save = save_and_die
-wm.main()
+script.save = save_and_die
 """
 
 
-def start(*args, cwd, die=None):
-    """The script as a user starts it; or one that kills itself after saving the stage and step `die`."""
-    script = ["-c", KILLER] if die else [ROOT / "worldmodel_carracing.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DIE": die or ""}
-    command = [sys.executable, *map(str, [*script, *args])]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment, **output)
-
-
 def run(*args, cwd, code=0, die=None):
-    """What the script says until it has ended."""
-    process = start(*args, cwd=cwd, die=die)
-    said = process.communicate(timeout=900)[0]
-    assert process.returncode == code, said
-    return said
+    """What the script says until it has ended, or kills itself after saving the stage and step `die`."""
+    patch = f"DIE = {die!r}{KILLER}" if die else ""
+    finished = conftest.run(*args, cwd=cwd, script="worldmodel_carracing", patch=patch)
+    assert finished.returncode == code, finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
 
 
 def load(path):
@@ -376,12 +372,6 @@ def assert_same(folder, other, names):
             assert ours[key] == theirs[key]
         for key, weights in theirs["agent"].items():
             assert torch.equal(ours["agent"][key], weights), (name, key)
-
-
-def scalars(folder):
-    board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = {tag for tag in board.Tags()["scalars"] if not tag.endswith(("_seconds", "_per_second", "_per_hour"))}
-    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
 
 
 @pytest.fixture(scope="module")
@@ -412,15 +402,15 @@ def test_a_whole_run_leaves_what_it_should(whole):
 
 
 def test_tensorboard_shows_everything(whole):
-    board = scalars(whole)
+    rows = list(metrics(whole).values())
     tags = """vision/loss vision/squared_error vision/KL memory/loss memory/NLL_per_latent memory/reward_error
         memory/end_error dream/return_mean dream/return_best real/return_mean real/return_best search/sigma
         search/longest_axis search/shortest_axis controller/validation controller/validation_std
         collect/reward_per_frame collect/episodes charts/frames"""
-    assert set(board) == set(tags.split())
-    losses = [value for _, value in board["vision/loss"]]
+    assert set().union(*rows) == set(tags.split())
+    losses = [row["vision/loss"] for row in rows if "vision/loss" in row]
     assert len(losses) == 10 and losses[-1] < losses[0]
-    assert len(board["dream/return_mean"]) == 2 and len(board["real/return_mean"]) == 3
+    assert [sum(f"{place}/return_mean" in row for row in rows) for place in ("dream", "real")] == [2, 3]
     (image,) = EventAccumulator(str(whole), size_guidance={"images": 0}).Reload().Images("vision/reconstruction")
     assert (image.height, image.width) == (128, 512)
 
@@ -447,7 +437,7 @@ def test_killed_in_every_stage_and_resumed_is_never_killed(tmp_path):
     run("--resume", folder, "--workers", 1, "--stages", "real", cwd=tmp_path)
     names = [f"{stage}-{number}" for number in (1, 2) for stage in ("collect", "vision", "memory", "dream")]
     assert_same(folder, whole, [*names, "real-2", "best"])
-    assert scalars(folder) == scalars(whole)
+    assert metrics(folder) == metrics(whole)
 
 
 @slow
@@ -456,16 +446,14 @@ def test_killed_in_every_stage_and_resumed_is_never_killed(tmp_path):
 ])  # fmt: skip
 def test_a_run_that_is_stopped_says_how_to_go_on(stage, number, tmp_path):
     flags = ["--vision-steps", 100 if stage == "vision" else 5, "--generations", 900, "--rounds", 1, "--workers", 2]
-    process, folder = start(*SMALL, *flags, "--name", "stopped", cwd=tmp_path), tmp_path / "runs" / "stopped"
-    while not ((folder / "last.pt").exists() and reached(folder / "last.pt", stage)):
-        assert process.poll() is None
-        time.sleep(0.1)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    busy = run("--resume", folder, cwd=tmp_path, code=2)
-    assert "belongs to a run that goes on" in busy
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number, said
+    folder = tmp_path / "runs" / "stopped"
+    settings = (*SMALL, *flags, "--name", "stopped")
+    with Started(*settings, cwd=tmp_path, script="worldmodel_carracing") as started:
+        started.wait_for(lambda: (folder / "last.pt").exists() and reached(folder / "last.pt", stage))
+        workers = started.games()
+        assert "belongs to a run that goes on" in run("--resume", folder, cwd=tmp_path, code=2)
+        code, said = started.end(number)
+    assert code == 128 + number, said
     assert "Traceback" not in said and "--resume runs/stopped" in said and workers and not alive(workers)
     assert "There is a run" in run(*SMALL, "--name", "stopped", cwd=tmp_path, code=2)
 
@@ -505,47 +493,6 @@ def test_another_run_begins_with_a_checkpoints_weights(whole, tmp_path):
 # --- What is typed, and what is found on disk
 
 
-def main(monkeypatch, capfd, *args):
-    """Exit code and words of the script, in this process."""
-    monkeypatch.setattr(sys, "argv", ["worldmodel_carracing.py", *map(str, args)])
-    capfd.readouterr()
-    code = 0
-    try:
-        wm.main()
-    except SystemExit as stop:
-        code = stop.code
-    return code, " ".join("".join(capfd.readouterr()).replace("│", " ").split())
-
-
-MISTAKES = {
-    "--population 1": "--population is 1: type a number from 4 to 10000",
-    "--hours nan": "--hours is nan",
-    "--stages vision": "The next stage is collect",
-    "--stages drive": "invalid choice",
-    "--stages": "The next stage is collect",
-    "--quick --temperature 0": "--temperature is 0.0",
-    "--init-from nothing.pt": "There is no nothing.pt",
-    "--dream text.pt": "text.pt is not a checkpoint",
-    "--evaluate foreign.pt": "foreign.pt is not a checkpoint of this script",
-    "--evaluate evil.pt": "evil.pt is not a checkpoint of this script",
-    "--evaluate small.pt": "small.pt holds other networks",
-    "--resume runs/nothing": "There is no runs/nothing/last.pt",
-}
-
-
-@pytest.mark.parametrize("arguments", MISTAKES)
-def test_mistakes_are_one_sentence(arguments, tmp_path, monkeypatch, capfd):
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    torch.save({"args": {"seed": 1}, "agent": {"controller": torch.zeros(3)}}, tmp_path / "small.pt")
-    (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'touch trap'\ntR.")
-    files = sorted(tmp_path.iterdir())
-    monkeypatch.chdir(tmp_path)
-    code, said = main(monkeypatch, capfd, *arguments.split())
-    assert code == 2 and MISTAKES[arguments].lower() in said.lower() and "Traceback" not in said, said
-    assert sorted(tmp_path.iterdir()) == files
-
-
 @pytest.fixture
 def folder(whole, tmp_path, monkeypatch):
     """A copy of the run before M has learnt, to spoil."""
@@ -565,18 +512,18 @@ def test_no_file_is_made_up(name, kind, folder, monkeypatch, capfd):
     if kind != "missing":
         path.write_bytes(content[: len(content) * 2 // 3] if kind == "truncated" else os.urandom(5000))
     spoilt = path.read_bytes() if path.exists() else None
-    code, said = main(monkeypatch, capfd, "--resume", "runs/spoilt", "--stages", "memory")
-    assert code == 2 and ("type" in said or "add" in said) and "Traceback" not in said, said
+    code, said = call_main(wm, ["--resume", "runs/spoilt", "--stages", "memory"], monkeypatch, capfd)
+    assert code == 2 and ("type" in said or "add" in said), said
     assert spoilt == (path.read_bytes() if path.exists() else None) and not (folder / "memory-1.pt").exists()
 
 
 def test_pictures_are_not_made_up(folder, monkeypatch, capfd):
     for file in ("pictures.bin", "vision-1.pt"):
         (folder / file).unlink()
-    code, said = main(monkeypatch, capfd, "--resume", "runs/spoilt", "--stages", "vision")
+    code, said = call_main(wm, ["--resume", "runs/spoilt", "--stages", "vision"], monkeypatch, capfd)
     assert code == 2 and "pictures.bin is not whole: type" in said and not (folder / "pictures.bin").exists()
     (folder / "pictures.bin").write_bytes(bytes(1000))
-    code, said = main(monkeypatch, capfd, "--resume", "runs/spoilt/last.pt", "--stages", "vision")
+    code, said = call_main(wm, ["--resume", "runs/spoilt/last.pt", "--stages", "vision"], monkeypatch, capfd)
     assert code == 2 and "pictures.bin is not whole" in said and not (folder / "vision-1.pt").exists()
 
 
@@ -585,7 +532,7 @@ def test_a_loss_that_is_no_number_is_named(folder, monkeypatch, capfd):
     checkpoint["agent"]["vision.mu.bias"][0] = math.nan
     torch.save(checkpoint, folder / "collect-1.pt")
     (folder / "vision-1.pt").unlink()
-    code, said = main(monkeypatch, capfd, "--resume", "runs/spoilt", "--stages", "vision")
+    code, said = call_main(wm, ["--resume", "runs/spoilt", "--stages", "vision"], monkeypatch, capfd)
     assert code == 1 and "Loss nan" in said and "--resume runs/spoilt" in said and "Traceback" not in said
 
 
@@ -593,8 +540,8 @@ def test_typed_settings_win(folder, monkeypatch, capfd):
     args = tyro.cli(wm.Args, args=[*wm.QUICK.split(), "--rounds", "3"])
     assert (args.rounds, args.collect_frames, args.tracks) == (3, 8000, 4)
     flags = ["--resume", folder, "--memory-steps", 3, "--stages", "memory", "--eval-seed", 5]
-    assert main(monkeypatch, capfd, *flags)[0] == 0
+    assert call_main(wm, flags, monkeypatch, capfd)[0] == 0
     saved = load(folder / "memory-1.pt")
     assert saved["stage"]["step"] == saved["args"]["memory_steps"] == 3 and saved["args"]["eval_seed"] == 5
-    code, said = main(monkeypatch, capfd, "--resume", folder, "--controller-input", "z", "--stages", "dream")
+    code, said = call_main(wm, ["--resume", folder, "--controller-input", "z", "--stages", "dream"], monkeypatch, capfd)
     assert code == 2 and "other networks" in said
