@@ -126,6 +126,10 @@ def test_a_folder_with_spaces_that_cannot_be_written(tmp_path, capfd):
     with pytest.raises(ppo_tuxkart.UsageError, match=f"There is a run {folder}: type .* --resume '{folder}'"):
         with ppo_tuxkart.hold_folder(folder, resumed=False):
             pass
+    (folder / "last.pt").unlink()  # as after a crash before there was one
+    with pytest.raises(ppo_tuxkart.UsageError, match="type another --name$"):
+        with ppo_tuxkart.hold_folder(folder, resumed=False):
+            pass
     with pytest.raises(ppo_tuxkart.UsageError, match="cannot be written"):
         with ppo_tuxkart.hold_folder(Path("/proc/run"), resumed=False):
             pass

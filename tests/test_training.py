@@ -82,12 +82,12 @@ def test_ctrl_c_saves_the_last_iteration_and_says_how_to_go_on(tmp_path):
     assert code == 130 and "Traceback" not in output and "--resume runs/stopped" in output, output
     assert torch.load(folder / "last.pt", weights_only=True)["iteration"] >= 3
     assert len(games) >= 2 and not alive(games)
-    again = run(*SMALL, "--name", "stopped", cwd=tmp_path)
+    again = run(*SMALL, "--name", "stopped", cwd=tmp_path, timeout=60)
     assert again.returncode == 2 and again.stderr.count("\n") == 1, again.stderr
     assert "--resume runs/stopped" in again.stderr
     with Started("--resume", folder, cwd=tmp_path) as started:
         started.wait_for(lambda: started.decisions() >= 6 * 32)
-        other = run("--resume", folder / "last.pt", cwd=tmp_path)  # the file instead of its folder
+        other = run("--resume", folder / "last.pt", cwd=tmp_path, timeout=60)  # the file instead of its folder
         assert other.returncode == 2 and "belongs to a run that goes on" in other.stderr, other.stderr
         code, output = started.end(signal.SIGHUP)
     assert code == 129 and "Traceback" not in output, output
@@ -119,6 +119,7 @@ def test_a_short_race_of_weights_that_an_older_script_wrote(tmp_path):
 
 MISTAKE = """
 def my_reward(moment):
+    print("a print of mine")
     raise ValueError("a mistake of mine")
 script.REWARDS["progress"] = my_reward
 """
@@ -128,6 +129,7 @@ def test_a_mistake_in_a_reward_is_shown_whole_and_at_once(tmp_path):
     stopped = run(*SMALL, "--total-timesteps", 64, "--name", "mine", cwd=tmp_path, patch=MISTAKE)
     assert stopped.returncode not in (0, 2, 130)
     assert "a mistake of mine" in stopped.stderr and "my_reward" in stopped.stderr, stopped.stderr
+    assert "a print of mine" in stopped.stdout
     assert "lost" not in stopped.stderr and stopped.stderr.count("in my_reward") <= 2  # of two games
 
 
