@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -104,7 +105,7 @@ def test_world_size_without_torchrun(files, monkeypatch, capfd):
 @pytest.mark.parametrize(
     "quota, threads, cores", [("max 100000", None, 8), ("150000 100000", None, 2), ("max 1", "3", 3)]
 )
-def test_cores_that_may_be_used(quota, threads, cores, monkeypatch):
+def test_cores_that_may_be_used(quota, threads, cores, monkeypatch, capfd):
     """Of 64: by affinity eight, and what a container or the user allows."""
     monkeypatch.setattr(ppo_tuxkart.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(ppo_tuxkart.os, "sched_getaffinity", lambda _: range(8))
@@ -112,7 +113,10 @@ def test_cores_that_may_be_used(quota, threads, cores, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert ppo_tuxkart.usable_cores() == cores
+    seen = []
+    monkeypatch.setattr(ppo_tuxkart.torch, "set_num_threads", seen.append)
+    start(["--no-such-flag"], monkeypatch, capfd)
+    assert seen == [cores]
 
 
 def test_a_folder_with_spaces_that_cannot_be_written(tmp_path, capfd):
@@ -133,6 +137,17 @@ def test_a_folder_with_spaces_that_cannot_be_written(tmp_path, capfd):
     with pytest.raises(ppo_tuxkart.UsageError, match="cannot be written"):
         with ppo_tuxkart.hold_folder(Path("/proc/run"), resumed=False):
             pass
+
+
+@pytest.mark.parametrize("engine, home, temporary", [("pystk2", "/proc", None), ("auto", "/", "/proc/tmp")])
+def test_no_place_to_write(engine, home, temporary, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("SUPERTUXKART_SAVEDIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", home)
+    with mock.patch.object(tempfile, "tempdir", temporary):
+        code, said = start(["--teacher", "none", "--engine", engine], monkeypatch, capfd)
+    assert code == 2 and "set HOME and TMPDIR" in said and not list(tmp_path.iterdir())
 
 
 def test_install_without_a_home():
