@@ -818,7 +818,7 @@ class TuxKartEnv(gym.Env):
         TuxKartEnv.started = (os.getpid(), wanted)
         self.world = self.stk.WorldState()
         # Wind and the like move with the wall clock, and no two races would look alike.
-        library = ctypes.CDLL(self.stk.__file__)
+        library = ctypes.CDLL(self.stk.__file__) if sys.platform == "linux" else None
         self.srand = getattr(library, "srand", id)  # id does nothing, where these are hidden
         self.seed_scenery = getattr(library, "_ZN3irr2os10Randomizer5resetEi", id)
         self.set_clock = getattr(library, "_ZN3irr2os5Timer7setTimeEj", id)
