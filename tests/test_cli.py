@@ -119,24 +119,22 @@ def test_cores_that_may_be_used(quota, threads, cores, monkeypatch, capfd):
     assert seen == [cores]
 
 
+def refused(folder, words, resumed=False):
+    with pytest.raises(ppo_tuxkart.UsageError, match=words):
+        with ppo_tuxkart.hold_folder(folder, resumed):
+            pass
+
+
 def test_a_folder_with_spaces_that_cannot_be_written(tmp_path, capfd):
     folder = tmp_path / "my runs"
     with ppo_tuxkart.hold_folder(folder, resumed=False):
         (folder / "last.pt").touch()
-        with pytest.raises(ppo_tuxkart.UsageError, match="belongs to a run that goes on"):
-            with ppo_tuxkart.hold_folder(folder, resumed=True):
-                pass
+        refused(folder, "belongs to a run that goes on", resumed=True)
     assert f"--resume '{folder}' to go on" in capfd.readouterr().out
-    with pytest.raises(ppo_tuxkart.UsageError, match=f"There is a run {folder}: type .* --resume '{folder}'"):
-        with ppo_tuxkart.hold_folder(folder, resumed=False):
-            pass
+    refused(folder, f"There is a run {folder}: type .* --resume '{folder}'")
     (folder / "last.pt").unlink()  # as after a crash before there was one
-    with pytest.raises(ppo_tuxkart.UsageError, match="type another --name$"):
-        with ppo_tuxkart.hold_folder(folder, resumed=False):
-            pass
-    with pytest.raises(ppo_tuxkart.UsageError, match="cannot be written"):
-        with ppo_tuxkart.hold_folder(Path("/proc/run"), resumed=False):
-            pass
+    refused(folder, "type another --name$")
+    refused(Path("/proc/run"), "cannot be written")
 
 
 @pytest.mark.parametrize("engine, home, temporary", [("pystk2", "/proc", None), ("auto", "/", "/proc/tmp")])

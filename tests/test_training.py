@@ -46,10 +46,8 @@ def kill(started, folder):
 @pytest.mark.parametrize("script", [*SCRIPTS, pytest.param("ppo_tuxkart_lstm", marks=slow)])
 def test_killed_and_resumed_is_the_run_that_never_stopped(script, tmp_path):
     """Killed while its teacher learns and while it learns itself; then number for number, on a CPU."""
-    settings, where = (
-        [*SCRIPTS.get(script, ()), *SMALL, "--seed", 5, "--total-timesteps", 8 * 32],
-        {"cwd": tmp_path, "script": script},
-    )
+    settings = [*SCRIPTS.get(script, ()), *SMALL, "--seed", 5, "--total-timesteps", 8 * 32]
+    where = {"cwd": tmp_path, "script": script}
     teaches = script == "ppo_tuxkart"
     settings += ["--teacher", "learn"] if teaches else []
     whole = run(*settings, "--name", "whole", patch=OFTEN, **where)
@@ -140,19 +138,8 @@ def test_a_mistake_in_a_reward_is_shown_whole_and_at_once(tmp_path):
 def trained(tmp_path_factory):
     """Some 10,000 decisions of learning: the working folder and the run's."""
     cwd = tmp_path_factory.mktemp("learning")
-    settings = [
-        "--teacher",
-        "none",
-        "--num-envs",
-        8,
-        "--num-steps",
-        64,
-        "--total-timesteps",
-        10_240,
-        "--random-start",
-        0.2,
-    ]
-    settings += ["--eval-interval", 20, "--eval-episodes", 2, "--seed", 2, "--name", "trained"]
+    settings = """--teacher none --num-envs 8 --num-steps 64 --total-timesteps 10240 --random-start 0.2
+        --eval-interval 20 --eval-episodes 2 --seed 2 --name trained""".split()
     finished = run(*settings, cwd=cwd, patch="script.LAP_SECONDS = 60.0")
     assert finished.returncode == 0, finished.stderr
     return cwd, cwd / "runs" / "trained"
@@ -223,9 +210,8 @@ def test_every_way_to_start_a_process(method, tmp_path):
     races = ("--eval-interval", 2, "--eval-episodes", 2)
     learnt = run(*SIZE, *races, "--total-timesteps", 64, "--name", method, cwd=tmp_path, patch=patch)
     assert learnt.returncode == 0, learnt.stderr
-    assert (
-        list(metrics(tmp_path / "runs" / method)) == [32, 64] and (tmp_path / "runs" / method / "mosaic.mp4").exists()
-    )
+    folder = tmp_path / "runs" / method
+    assert list(metrics(folder)) == [32, 64] and (folder / "mosaic.mp4").exists()
 
 
 # --- Slow: faults
@@ -288,13 +274,17 @@ script.main()
 @slow
 def test_torchrun_with_two_ranks_learns_the_same_weights_on_both(tmp_path):
     (tmp_path / "watched.py").write_text(WATCHED)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "watched.py"]
-    words += map(str, ["--num-envs", 1, *SMALL[2:], "--total-timesteps", 6 * 32, "--name", "many"])
+    words = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 watched.py --num-envs 1".split()
+    words = [sys.executable, *words, *map(str, SMALL[2:]), "--total-timesteps", str(6 * 32), "--name", "many"]
     finished = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stderr
     (before, ours, seen), (_, theirs, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, ours, strict=True)) and seen != others
+    last = (tmp_path / "runs" / "many" / "last.pt").read_bytes()
+    refused = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert refused.returncode == 1 and refused.stderr.count("There is a run runs/many") == 2, refused.stderr
+    assert last == (tmp_path / "runs" / "many" / "last.pt").read_bytes()
     rows = metrics(tmp_path / "runs" / "many")
     assert list(rows) == [32 * n for n in range(1, 7)]
     assert max(row["losses/ratio_error"] for row in rows.values()) < 1e-5
