@@ -108,7 +108,7 @@ class Args:
     eval_seed: int = 1000  # seed of the first evaluation track; the others follow
     eval_interval: int = 10  # generations between the mean controller's validations
     workers: int = usable_cores()  # driving processes
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn; auto takes a GPU
+    device: Literal["auto", "cpu"] = "auto"  # where V and M learn; auto takes a GPU if any
 
     # Collect, V and M
     action_repeat: int = 2  # frames that every action lasts, in learning and in scores alike
@@ -1047,7 +1047,7 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
         load_weights(agent, checkpoint, folder)
     elif args.init_from:
         load_weights(agent, load_checkpoint(args.init_from), args.init_from)
-    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     journal = Journal(args, folder, agent.to(device), checkpoint or {})
 
     try:

@@ -525,6 +525,7 @@ MISTAKES = {
     "--stages": "The next stage is collect",
     "--quick --temperature 0": "--temperature is 0.0",
     "--init-from nothing.pt": "There is no nothing.pt",
+    "--device cuda": "Expected one of ('auto', 'cpu')",
     "--dream text.pt": "text.pt is not a checkpoint",
     "--evaluate foreign.pt": "foreign.pt is not a checkpoint of this script",
     "--evaluate evil.pt": "evil.pt is not a checkpoint of this script",
