@@ -582,10 +582,12 @@ def save(contents: dict, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint with its "args" as Args; nothing in it is executed. Raises UsageError."""
+def load_checkpoint(path: Path, stage: str | None = None) -> dict:
+    """A checkpoint, of that stage if any, its "args" as Args; nothing in it is executed. Raises UsageError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if stage and checkpoint["stage"]["name"] != stage:
+            raise KeyError(stage)
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
         return checkpoint | {"args": Args(**settings)}  # without what only older scripts could set
@@ -664,7 +666,7 @@ class Journal:
 
     def result(self, stage: str, round_: int) -> dict:
         """What a finished stage has left. Raises UsageError."""
-        return load_checkpoint(self.folder / f"{stage}-{round_}.pt")["stage"]
+        return load_checkpoint(self.folder / f"{stage}-{round_}.pt", f"{stage}-{round_}")["stage"]
 
 
 # --- The stages: each reads what others have left ------------------------------------------------
@@ -732,6 +734,8 @@ class Footage:
         round_ = journal.state["stage"]["round"]
         self.rows = journal.result("collect", round_)["rows"]
         self.latents = journal.result("vision", round_)["latents"]
+        if len(self.latents) != len(self.rows):
+            raise UsageError(f"{journal.folder} holds another run's files: type another --name to begin again.")
         starts = self.rows[:, 4].nonzero()[:, 0].numpy()
         self.episodes = np.stack([starts, np.diff([*starts, len(self.rows)])], 1)
         self.newest = self.episodes[starts >= len(self.rows) - journal.args.collect_frames]
@@ -1041,8 +1045,8 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
         raise UsageError(f"The next stage is {wanted}: add it to --stages.")
 
     # Where to go on: from last.pt, if it is of the stage that is due, or from the newest file
-    if checkpoint and done and checkpoint["stage"]["name"] not in due[:1]:
-        checkpoint = load_checkpoint(folder / f"{done[-1]}.pt")
+    if checkpoint and done and checkpoint.get("stage", {}).get("name") not in due[:1]:
+        checkpoint = load_checkpoint(folder / f"{done[-1]}.pt", done[-1])
     if checkpoint:
         load_weights(agent, checkpoint, folder)
     elif args.init_from:
