@@ -1076,22 +1076,21 @@ def start() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.resume and args.resume.is_file():
         args.resume = args.resume.parent
-    folder, now = args.resume, time.strftime("%Y%m%d-%H%M%S")
-    path = args.evaluate or args.dream or (folder and folder / "last.pt")
+    path, now = args.evaluate or args.dream, time.strftime("%Y%m%d-%H%M%S")
+    folder = None if path else args.resume
+    path = path or (folder and folder / "last.pt")
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:
         args = tyro.cli(Args, default=checkpoint["args"])  # what is typed wins
     elif args.quick:
         args = tyro.cli(Args, args=[*QUICK.split(), *sys.argv[1:]])
-    if args.evaluate or args.dream:
-        with hold_folder(Path("runs", f"{path.stem}-{now}"), False) as folder:
-            if args.evaluate:
-                evaluate(args, Drivers(args.workers), checkpoint, path, folder)
-            else:
-                film_dream(args, checkpoint, path, folder)
-    else:
-        name = args.name or f"carracing-seed{args.seed}-{now}"
-        with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+    name = f"{path.stem}-{now}" if path else args.name or f"carracing-seed{args.seed}-{now}"
+    with hold_folder(folder or Path("runs", name), bool(folder)) as folder:
+        if args.evaluate:
+            evaluate(args, Drivers(args.workers), checkpoint, path, folder)
+        elif args.dream:
+            film_dream(args, checkpoint, path, folder)
+        else:
             train(args, checkpoint, folder)
 
 
