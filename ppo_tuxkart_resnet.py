@@ -50,7 +50,6 @@ import torch
 import torch.distributed as dist
 import torchinfo
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -760,7 +759,11 @@ class TuxKartEnv(gym.Env):
 
     def __init__(self, track: str = "scotland", render_mode: Any = None, **settings: Any) -> None:
         self.game = Game(**settings)
-        self.versions, tracks = find_game(self.game.engine)
+        try:
+            self.versions, tracks = find_game(self.game.engine)
+            self.home = private_home(self.versions["engine"])
+        except (OSError, RuntimeError) as error:  # an unknown user, a read-only system
+            raise UsageError(f"The game cannot write ({error}): set HOME and TMPDIR to folders of yours.") from error
         if tracks and track not in tracks:
             raise UsageError(f"There is no track {track}: type one of {', '.join(tracks)}.")
         self.track = track
@@ -808,14 +811,14 @@ class TuxKartEnv(gym.Env):
             graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
             graphics.screen_width = game.width
             graphics.screen_height = game.height
-            with mock.patch.dict(os.environ, private_home(self.versions["engine"])):
+            with mock.patch.dict(os.environ, self.home):
                 self.stk.init(graphics)
             atexit.register(self.stk.clean)
             atexit.register(lambda: TuxKartEnv.playing and TuxKartEnv.playing.close())  # before it
         TuxKartEnv.started = (os.getpid(), wanted)
         self.world = self.stk.WorldState()
         # Wind and the like move with the wall clock, and no two races would look alike.
-        library = ctypes.CDLL(self.stk.__file__)
+        library = ctypes.CDLL(self.stk.__file__) if sys.platform == "linux" else None
         self.srand = getattr(library, "srand", id)  # id does nothing, where these are hidden
         self.seed_scenery = getattr(library, "_ZN3irr2os10Randomizer5resetEi", id)
         self.set_clock = getattr(library, "_ZN3irr2os5Timer7setTimeEj", id)
@@ -1347,6 +1350,8 @@ def summarize(races: list[dict]) -> dict[str, Any]:
 def show_races(races: list[dict], folder: Path, fps: float) -> None:
     """Writes map.png, the first race's road with its races coloured by speed, a cross where one ended early,
     and mosaic.mp4, up to 16 races side by side, black when they are over."""
+    from matplotlib.figure import Figure  # which complains without a home
+
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(aspect="equal", title=races[0]["track"])
     axes.plot(*races[0]["geometry"].nodes[:, :, [0, 2]].T, color="lightgray", linewidth=6, zorder=0)
@@ -1720,12 +1725,12 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=resumed)
         lock.acquire()
     except FileExistsError:
-        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
+        hint = f", or --resume {quoted}" if (folder / "last.pt").exists() else ""
+        raise UsageError(f"There is a run {folder}: type another --name{hint}") from None
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:
-        hint = "start it in another folder."
-        raise UsageError(f"{folder} cannot be written ({error.strerror}): {hint}") from error
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): type cd /a/folder first") from error
     try:
         yield folder
     finally:

@@ -108,7 +108,7 @@ class Args:
     eval_seed: int = 1000  # seed of the first evaluation track; the others follow
     eval_interval: int = 10  # generations between the mean controller's validations
     workers: int = usable_cores()  # driving processes
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where V and M learn; auto takes a GPU
+    device: Literal["auto", "cpu"] = "auto"  # where V and M learn; auto takes a GPU if any
 
     # Collect, V and M
     action_repeat: int = 2  # frames that every action lasts, in learning and in scores alike
@@ -584,10 +584,12 @@ def save(contents: dict, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint with its "args" as Args; nothing in it is executed. Raises UsageError."""
+def load_checkpoint(path: Path, stage: str | None = None) -> dict:
+    """A checkpoint, of that stage if any, its "args" as Args; nothing in it is executed. Raises UsageError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if stage and checkpoint["stage"]["name"] != stage:
+            raise KeyError(stage)
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
         return checkpoint | {"args": Args(**settings)}  # without what only older scripts could set
@@ -612,12 +614,12 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=resumed)
         lock.acquire()
     except FileExistsError:
-        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
+        hint = f", or --resume {quoted}" if (folder / "last.pt").exists() else ""
+        raise UsageError(f"There is a run {folder}: type another --name{hint}") from None
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:
-        hint = "start it in another folder."
-        raise UsageError(f"{folder} cannot be written ({error.strerror}): {hint}") from error
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): type cd /a/folder first") from error
     try:
         yield folder
     finally:
@@ -658,7 +660,7 @@ class Journal:
 
     def result(self, stage: str, round_: int) -> dict:
         """What a finished stage has left. Raises UsageError."""
-        return load_checkpoint(self.folder / f"{stage}-{round_}.pt")["stage"]
+        return load_checkpoint(self.folder / f"{stage}-{round_}.pt", f"{stage}-{round_}")["stage"]
 
 
 # --- The stages: each reads what others have left ------------------------------------------------
@@ -725,6 +727,8 @@ class Footage:
         round_ = journal.state["stage"]["round"]
         self.rows = journal.result("collect", round_)["rows"]
         self.latents = journal.result("vision", round_)["latents"]
+        if len(self.latents) != len(self.rows):
+            raise UsageError(f"{journal.folder} holds another run's files: type another --name to begin again.")
         starts = self.rows[:, 4].nonzero()[:, 0].numpy()
         self.episodes = np.stack([starts, np.diff([*starts, len(self.rows)])], 1)
         self.newest = self.episodes[starts >= len(self.rows) - journal.args.collect_frames]
@@ -1026,11 +1030,11 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
         raise UsageError(f"The next stage is {wanted}: add it to --stages.")
 
     # Where to go on: from last.pt, if it is of the stage that is due, or from the newest file
-    if checkpoint and done and checkpoint["stage"]["name"] not in due[:1]:
-        checkpoint = load_checkpoint(folder / f"{done[-1]}.pt")
+    if checkpoint and done and checkpoint.get("stage", {}).get("name") not in due[:1]:
+        checkpoint = load_checkpoint(folder / f"{done[-1]}.pt", done[-1])
     weights = checkpoint or (args.init_from and load_checkpoint(args.init_from))
     agent = Agent(args, weights, args.init_from or folder)
-    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     journal = Journal(args, folder, agent.to(device), checkpoint or {})
 
     with contextlib.closing(journal.board):
@@ -1053,8 +1057,8 @@ def start() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.resume and args.resume.is_file():
         args.resume = args.resume.parent
-    folder, now = args.resume, time.strftime("%Y%m%d-%H%M%S")
-    shown = args.evaluate or args.dream
+    shown, now = args.evaluate or args.dream, time.strftime("%Y%m%d-%H%M%S")
+    folder = None if shown else args.resume
     path = shown or (folder and folder / "last.pt")
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -53,6 +54,7 @@ CAR = {
     "--dream text.pt": "text.pt is not a checkpoint",
     "--init-from foreign.pt": "foreign.pt is not a checkpoint of this script",
     "--dream pickle.pt": "pickle.pt is not a checkpoint of this script",
+    "--device cuda": "Expected one of ('auto', 'cpu')",
     "--evaluate small.pt": "small.pt holds other networks",
     "--resume runs/none": "There is no runs/none/last.pt",
 }
@@ -110,7 +112,7 @@ def test_world_size_without_torchrun(files, monkeypatch, capfd):
 @pytest.mark.parametrize(
     "quota, threads, cores", [("max 100000", None, 8), ("150000 100000", None, 2), ("max 1", "3", 3)]
 )
-def test_cores_that_may_be_used(quota, threads, cores, monkeypatch):
+def test_cores_that_may_be_used(quota, threads, cores, monkeypatch, capfd):
     """Of 64: by affinity eight, and what a container or the user allows."""
     monkeypatch.setattr(ppo_tuxkart.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(ppo_tuxkart.os, "sched_getaffinity", lambda _: range(8))
@@ -118,23 +120,39 @@ def test_cores_that_may_be_used(quota, threads, cores, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert ppo_tuxkart.usable_cores() == cores
+    seen = []
+    monkeypatch.setattr(ppo_tuxkart.torch, "set_num_threads", seen.append)
+    call_main(ppo_tuxkart, ["--no-such-flag"], monkeypatch, capfd)
+    assert seen == [cores]
+
+
+def refused(folder, words, resumed=False):
+    with pytest.raises(ppo_tuxkart.UsageError, match=words):
+        with ppo_tuxkart.hold_folder(folder, resumed):
+            pass
 
 
 def test_a_folder_with_spaces_that_cannot_be_written(tmp_path, capfd):
     folder = tmp_path / "my runs"
     with ppo_tuxkart.hold_folder(folder, resumed=False):
         (folder / "last.pt").touch()
-        with pytest.raises(ppo_tuxkart.UsageError, match="belongs to a run that goes on"):
-            with ppo_tuxkart.hold_folder(folder, resumed=True):
-                pass
+        refused(folder, "belongs to a run that goes on", resumed=True)
     assert f"--resume '{folder}' to go on" in capfd.readouterr().out
-    with pytest.raises(ppo_tuxkart.UsageError, match=f"There is a run {folder}: type .* --resume '{folder}'"):
-        with ppo_tuxkart.hold_folder(folder, resumed=False):
-            pass
-    with pytest.raises(ppo_tuxkart.UsageError, match="cannot be written"):
-        with ppo_tuxkart.hold_folder(Path("/proc/run"), resumed=False):
-            pass
+    refused(folder, f"There is a run {folder}: type .* --resume '{folder}'")
+    (folder / "last.pt").unlink()  # as after a crash before there was one
+    refused(folder, "type another --name$")
+    refused(Path("/proc/run"), "cannot be written")
+
+
+@pytest.mark.parametrize("engine, home, temporary", [("pystk2", "/proc", None), ("auto", "/", "/proc/tmp")])
+def test_no_place_to_write(engine, home, temporary, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("SUPERTUXKART_SAVEDIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", home)
+    with mock.patch.object(tempfile, "tempdir", temporary):
+        code, said = call_main(ppo_tuxkart, ["--teacher", "none", "--engine", engine], monkeypatch, capfd)
+    assert code == 2 and "set HOME and TMPDIR" in said and not list(tmp_path.iterdir())
 
 
 def test_install_without_a_home():

@@ -3,6 +3,8 @@
 import itertools
 import math
 import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -10,11 +12,15 @@ from unittest import mock
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, in_own_process, slow
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 import ppo_tuxkart
+import worldmodel_carracing
 from ppo_tuxkart import ACTIONS, REWARDS, Moment, TrackGeometry, TuxKartEnv, progress_reward
 
 GAS, COAST, BRAKE = 0, 1, 2
@@ -266,7 +272,7 @@ WRONG = {"difficulty": 9, "laps": 0, "reward": "speeed", "track": "battleisland"
 
 @pytest.mark.parametrize("name", WRONG)
 def test_gym_make_checks_what_it_is_given(name):
-    with pytest.raises(ValueError, match="type"):
+    with pytest.raises(ValueError, match=f" {WRONG[name]}: type"):
         gym.make("TuxKart-v0", **{name: WRONG[name]})
 
 
@@ -313,6 +319,21 @@ def test_a_players_own_game_is_left_alone(engine, tmp_path, monkeypatch):
     play_at(tmp_path, engine)
     after = {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")}
     assert after == before
+
+
+@in_own_process
+def test_what_linux_alone_has_is_not_needed():
+    for module, name in ((os, "getuid"), (os, "sched_getaffinity"), (signal, "SIGHUP")):
+        delattr(module, name)
+    del os.environ["SUPERTUXKART_SAVEDIR"]
+    with mock.patch("sys.platform", "darwin"), mock.patch("ctypes.CDLL", side_effect=OSError):
+        env = TuxKartEnv(engine="pystk2")
+        env.reset(seed=0)
+        env.step(FORWARD)
+        assert list(env.home) == ["SUPERTUXKART_SAVEDIR"]
+        for main in (ppo_tuxkart.main, worldmodel_carracing.main):
+            with mock.patch("sys.argv", ["script", "--no-such-flag"]), pytest.raises(SystemExit, match="2"):
+                main()
 
 
 @in_own_process
@@ -482,11 +503,24 @@ def test_the_geometry_of_every_race_track(engine):
         assert env.progress > 60 and np.median(differences[20:]) < 5, where
 
 
+def make():
+    return gym.make("TuxKart-v0", track="lighthouse")
+
+
 @slow
 @in_own_process
-def test_gymnasiums_vector_environment_drives_it():
-    envs = gym.make_vec("TuxKart-v0", num_envs=2, vectorization_mode="async", track="lighthouse")
-    observations, _ = envs.reset(seed=3)
+def test_stable_baselines3_and_gymnasiums_vector_environment_drive_it():
+    torch.set_num_threads(1)
+    envs = SubprocVecEnv([make, make], start_method="fork")
+    model = PPO("CnnPolicy", envs, n_steps=64, batch_size=64, n_epochs=1, seed=0, device="cpu")
+    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    model.learn(256)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+    assert model.predict(envs.reset(), deterministic=True)[0].shape == (2, 4)
+    envs.close()
+    with ThreadPoolExecutor(1) as thread:  # which ends before they play on
+        envs = thread.submit(gym.make_vec, "TuxKart-v0", 2, "async", track="lighthouse").result()
+        observations, _ = thread.submit(envs.reset, seed=3).result()
     assert observations.shape == (2, 6, 64, 64) and (observations[0] != observations[1]).any()
     assert np.isfinite(envs.step(np.array([FORWARD, FORWARD]))[1]).all()
     envs.close(terminate=True)

@@ -80,12 +80,12 @@ def test_ctrl_c_saves_the_last_iteration_and_says_how_to_go_on(tmp_path):
     assert code == 130 and "Traceback" not in output and "--resume runs/stopped" in output, output
     assert torch.load(folder / "last.pt", weights_only=True)["iteration"] >= 3
     assert len(games) >= 2 and not alive(games)
-    again = run(*SMALL, "--name", "stopped", cwd=tmp_path)
+    again = run(*SMALL, "--name", "stopped", cwd=tmp_path, timeout=60)
     assert again.returncode == 2 and again.stderr.count("\n") == 1, again.stderr
     assert "--resume runs/stopped" in again.stderr
     with Started("--resume", folder, cwd=tmp_path) as started:
         started.wait_for(lambda: started.decisions() >= 6 * 32)
-        other = run("--resume", folder / "last.pt", cwd=tmp_path)  # the file instead of its folder
+        other = run("--resume", folder / "last.pt", cwd=tmp_path, timeout=60)  # the file instead of its folder
         assert other.returncode == 2 and "belongs to a run that goes on" in other.stderr, other.stderr
         code, output = started.end(signal.SIGHUP)
     assert code == 129 and "Traceback" not in output, output
@@ -117,6 +117,7 @@ def test_a_short_race_of_weights_that_an_older_script_wrote(tmp_path):
 
 MISTAKE = """
 def my_reward(moment):
+    print("a print of mine")
     raise ValueError("a mistake of mine")
 script.REWARDS["progress"] = my_reward
 """
@@ -126,6 +127,7 @@ def test_a_mistake_in_a_reward_is_shown_whole_and_at_once(tmp_path):
     stopped = run(*SMALL, "--total-timesteps", 64, "--name", "mine", cwd=tmp_path, patch=MISTAKE)
     assert stopped.returncode not in (0, 2, 130)
     assert "a mistake of mine" in stopped.stderr and "my_reward" in stopped.stderr, stopped.stderr
+    assert "a print of mine" in stopped.stdout
     assert "lost" not in stopped.stderr and stopped.stderr.count("in my_reward") <= 2  # of two games
 
 
@@ -272,13 +274,17 @@ script.main()
 @slow
 def test_torchrun_with_two_ranks_learns_the_same_weights_on_both(tmp_path):
     (tmp_path / "watched.py").write_text(WATCHED)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "watched.py"]
-    words += map(str, ["--num-envs", 1, *SMALL[2:], "--total-timesteps", 6 * 32, "--name", "many"])
+    words = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 watched.py --num-envs 1".split()
+    words = [sys.executable, *words, *map(str, SMALL[2:]), "--total-timesteps", str(6 * 32), "--name", "many"]
     finished = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stderr
     (before, ours, seen), (_, theirs, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before, ours, strict=True)) and seen != others
+    last = (tmp_path / "runs" / "many" / "last.pt").read_bytes()
+    refused = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert refused.returncode == 1 and refused.stderr.count("There is a run runs/many") == 2, refused.stderr
+    assert last == (tmp_path / "runs" / "many" / "last.pt").read_bytes()
     rows = metrics(tmp_path / "runs" / "many")
     assert list(rows) == [32 * n for n in range(1, 7)]
     assert max(row["losses/ratio_error"] for row in rows.values()) < 1e-5

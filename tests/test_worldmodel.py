@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import types
+from pathlib import Path
 
 import cma
 import conftest
@@ -504,13 +505,29 @@ def folder(whole, tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["truncated", "random", "missing"])
-@pytest.mark.parametrize("name", ["last.pt", "collect-1.pt", "vision-1.pt"])
+def another_runs(path):
+    checkpoint = load(path)
+    stage, name = checkpoint["stage"], "rows" if "rows" in checkpoint["stage"] else "latents"
+    stage[name] = stage[name][:-1]
+    torch.save(checkpoint, path)
+
+
+SPOIL = {
+    "missing": Path.unlink,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size * 2 // 3),
+    "random": lambda path: path.write_bytes(os.urandom(5000)),
+    "another script's": lambda path: shutil.copy(ROOT / "pretrained" / "scotland.pt", path),
+    "another stage's": lambda path: shutil.copy(path.with_name("last.pt"), path),
+    "another run's": another_runs,
+}
+FILES = [(name, kind) for name in ("collect-1.pt", "vision-1.pt") for kind in SPOIL]
+FILES += [("last.pt", kind) for kind in SPOIL if "another" not in kind]  # then it goes on from the newest stage
+
+
+@pytest.mark.parametrize("name, kind", FILES)
 def test_no_file_is_made_up(name, kind, folder, monkeypatch, capfd):
-    path, content = folder / name, (folder / name).read_bytes()
-    path.unlink()
-    if kind != "missing":
-        path.write_bytes(content[: len(content) * 2 // 3] if kind == "truncated" else os.urandom(5000))
+    path = folder / name
+    SPOIL[kind](path)
     spoilt = path.read_bytes() if path.exists() else None
     code, said = call_main(wm, ["--resume", "runs/spoilt", "--stages", "memory"], monkeypatch, capfd)
     assert code == 2 and ("type" in said or "add" in said), said
