@@ -48,6 +48,7 @@ import filelock
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
+import platformdirs
 import torch
 import torch.distributed as dist
 import tyro
@@ -59,10 +60,6 @@ from tqdm import tqdm
 
 class UsageError(ValueError):
     """What was typed, or what the machine lacks: one sentence on what to type (exit code 2)."""
-
-
-class RunError(RuntimeError):
-    """What went wrong on the way, in one sentence (exit code 1)."""
 
 
 @dataclasses.dataclass
@@ -344,7 +341,7 @@ def ppo_update(agent: Agent, optimizer: Any, batch: dict[str, Tensor], args: Arg
             loss.backward()
             average_over_ranks([parameter.grad for parameter in agent.parameters()])
             if not nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).isfinite():
-                raise RunError("No finite gradient: look at --reward, or lower --learning-rate.")
+                raise SystemExit("No finite gradient: look at --reward, or lower --learning-rate.")
             optimizer.step()
     metrics = {name: torch.stack([row[name] for row in history]).mean().item() for name in scalars}
     metrics["losses/ratio_error"] = history[0]["losses/ratio_error"].item()
@@ -455,11 +452,8 @@ LAP_SECONDS = 150.0  # time limit of a lap, in game time
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
 AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
-
-
-def find_pystk2_assets() -> Path:
-    """Where pystk2 has its assets; it fetches them at its first start, if install.sh has not laid them out."""
-    return Path(importlib.import_module("platformdirs").user_cache_dir("PySuperTuxKart2", "bpiwowar"), "1.5")
+# What says where an engine may write. pystk2 would write into the player's own saves.
+WRITES = ("SUPERTUXKART_SAVEDIR", "MESA_SHADER_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 
 
 @functools.cache
@@ -471,31 +465,13 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
         raise UsageError(f"There is no engine {engine}: type ./install.sh, or pip install {ENGINES['pystk2']}")
     if found[0] == "pystk":
         root = Path(importlib.import_module("pystk_data").data_dir)
-    else:
-        root = find_pystk2_assets()
+    else:  # which fetches them at its first start, where install.sh has not laid them out
+        root = Path(platformdirs.user_cache_dir(ENGINES["pystk2"], "bpiwowar"), "1.5")
     assets = min((file.name[13:] for file in root.glob("data/supertuxkart.[0-9]*")), default="")
     tracks = {file.parent.name for file in root.glob("data/tracks/*/quads.xml")}
     version = installed[ENGINES[found[0]]]
     game = {"engine": found[0], "engine_version": version, "assets": assets}
     return game, sorted(tracks - {"overworld", "tutorial"})
-
-
-def private_home(engine: str) -> dict[str, str]:
-    """Variables that keep what an engine writes out of the home: pystk2 resets a player's saves."""
-    if "SUPERTUXKART_SAVEDIR" in os.environ:
-        return {}
-    home = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
-    home.mkdir(exist_ok=True)
-    if sys.platform != "linux":
-        return {"SUPERTUXKART_SAVEDIR": str(home)}
-    if engine == "pystk2":  # it looks for its assets below XDG_CACHE_HOME
-        assets = find_pystk2_assets().parent
-        assets.mkdir(parents=True, exist_ok=True)
-        link = home / f"assets-{os.getpid()}"
-        link.symlink_to(assets)
-        os.replace(link, home / assets.name)  # at once, since another game may start now
-    places = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
-    return dict.fromkeys(("SUPERTUXKART_SAVEDIR", *places), str(home))
 
 
 class TrackGeometry:
@@ -520,11 +496,6 @@ class TrackGeometry:
         self.milestones[len(ring) - 1 :] += self.length
         self.milestones = np.maximum.accumulate(self.milestones)
         self.road = np.column_stack([self.nodes[rounds, 0], self.widths[rounds]])
-
-    def ahead(self, distance: float) -> np.ndarray:
-        """The middle of the road, x, y, z, and its width, AHEAD's metres beyond a distance: (11, 4)."""
-        columns = [np.interp(distance + AHEAD, self.milestones, column) for column in self.road.T]
-        return np.stack(columns, -1)
 
     def gain(self, before: float, after: Any) -> Any:
         """Metres from one distance down the track to another, in [-length/2, length/2)."""
@@ -570,6 +541,7 @@ class TuxKartEnv(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
     started: tuple | None = None  # the process that has begun a game, and which
     playing: Any = None  # the environment whose race it is
+    film: Any = None  # imageio's, for three pictures a decision
     events: tuple[str, ...] = ()  # what began with the last decision, where a subclass tells
     finishes: tuple[str, ...] = ("finished", "line")  # the ends that are good ones
 
@@ -623,7 +595,14 @@ class TuxKartEnv(gym.Env):
             graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
             graphics.screen_width = game.width
             graphics.screen_height = game.height
-            with mock.patch.dict(os.environ, private_home(self.versions["engine"])):
+            ours = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
+            home = os.environ.get("SUPERTUXKART_SAVEDIR", str(ours))
+            os.makedirs(home, exist_ok=True)
+            assets = platformdirs.user_cache_dir(ENGINES["pystk2"], "bpiwowar")  # which stay in the user's home
+            with (
+                mock.patch.dict(os.environ, dict.fromkeys(WRITES, home)),
+                mock.patch.object(platformdirs, "user_cache_dir", return_value=assets),
+            ):
                 self.stk.init(graphics)
             atexit.register(self.stk.clean)
             atexit.register(lambda: TuxKartEnv.playing and TuxKartEnv.playing.close())  # before it
@@ -815,16 +794,22 @@ class TuxKartEnv(gym.Env):
             return "off track"
         return "time limit" if self.world.time - self.started_at >= self.limit else ""
 
-    def drive(self, action: list[int]) -> dict[str, Any]:
+    def drive(self, choices: list[int]) -> dict[str, Any]:
         """Holds the controls of an action for one decision. Returns them."""
-        controls = self.controls(action, self.speed, self.game.speeds)
+        controls = self.controls(choices, self.speed, self.game.speeds)
         if self.speed_cap is not None:
             cap = govern(self.speed_cap, self.speed)
             controls["acceleration"] = min(controls["acceleration"], cap["acceleration"])
             controls["brake"] = controls["brake"] or cap["brake"]
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
-        self.advance(self.game.step_size, self.stk.Action(**told))
+        pressed = [self.stk.Action(**told)]
+        if self.film:  # the game goes on with an action by itself
+            pressed += [None, None]
+        for action in pressed:
+            self.advance(self.game.step_size / len(pressed), action)
+            if self.film:
+                self.film.append_data(self.render())
         self.held = {"drift": False, "nitro": False, **controls}
         self.drifted = self.held["drift"] * (self.drifted + self.game.step_size)
         return controls
@@ -850,58 +835,43 @@ class TuxKartEnv(gym.Env):
     def state(self) -> np.ndarray:
         """What a teacher sees, the same from both engines, float32 (S,); right, forward and up are positive.
 
-        0, 1    sine and cosine of the angle from the road's heading to the kart's
-        2, 3    offset from the middle of the road: half widths, and 10 m
-        4       width of the road, 20 m
-        5 to 7  velocity forward, to the right and up, 20, 10 and 10 m/s
-        8, 9    slope that it stands on, sine; 1 in the air
-        10      time since it made progress, 4 s
-        11      time for which drift was held, s: after a second there is a boost when it is released
-        12, 13  steering and nitro of the last decision
-        14-57   at each of AHEAD's metres the middle of the road: to the right, then forward, then up, as a
-                share of these metres; then the width of the road, 20 m
-        58-65   the next two items of each of ITEMS' kinds, taken or not: to the right, 10 m, then forward,
-                50 m; 0 and 2 where none is nearer than 100 m
-
         Not in it, because pystk tells nothing about it: nitro in the tank, charge of the skid, zippers. Nor
         is the place on the track, so that one network can drive many.
         """
-        kart = self.kart
         along, offset, road_heading, width = self.spot
-        x, y, z = kart.location
         sine, cosine = math.sin(self.heading), math.cos(self.heading)
-        east, up, north = kart.velocity
-        nose = kart.front[1] - y
+        east, up, north = self.kart.velocity
         numbers = [
-            math.sin(self.heading - road_heading),
+            math.sin(self.heading - road_heading),  # the angle from the road to the kart
             math.cos(self.heading - road_heading),
-            2 * offset / width,
+            2 * offset / width,  # from the middle of the road: in half widths, in 10 m
             offset / 10,
             width / 20,
-            (east * sine + north * cosine) / 20,
+            (east * sine + north * cosine) / 20,  # velocity forward, to the right and up
             (east * cosine - north * sine) / 10,
             up / 10,
-            nose,
-            kart.jumping,
-            (self.world.time - self.best_at) / 4,
-            self.drifted,
+            self.kart.front[1] - self.kart.location[1],  # sine of the slope that it stands on
+            self.kart.jumping,
+            (self.world.time - self.best_at) / 4,  # time since it made progress
+            self.drifted,  # seconds: after one there is a boost on the release
             self.held["steer"],
             self.held["nitro"],
         ]
-        road = self.geometry.ahead(along)
-        firsts = [np.searchsorted(places[:, 0], along) for places in self.items]
-        items = np.concatenate([p[first : first + 2] for p, first in zip(self.items, firsts, strict=True)])
-        near = items[:, 0] < along + 100
-        points = np.concatenate([road[:, :3], items[:, 1:]]) - (x, y, z)
+        # The middle of the road at each of AHEAD's metres, as a share of them, and its width; then the next
+        # two items of each of ITEMS' kinds, taken or not, unless they are further than 100 m
+        road = [np.interp(along + AHEAD, self.geometry.milestones, column) for column in self.geometry.road.T]
+        items = np.concatenate([rows[np.searchsorted(rows[:, 0], along) :][:2] for rows in self.items])
+        points = np.concatenate([np.stack(road[:3], -1), items[:, 1:]]) - self.kart.location
         right = points[:, 0] * cosine - points[:, 2] * sine
         forward = points[:, 0] * sine + points[:, 2] * cosine
+        near = items[:, 0] < along + 100
         split = len(AHEAD)
         parts = (
             numbers,
             right[:split] / AHEAD,
             forward[:split] / AHEAD,
             points[:split, 1] / AHEAD,
-            road[:, 3] / 20,
+            road[3] / 20,
             np.where(near, right[split:] / 10, 0),
             np.where(near, forward[split:] / 50, 2),
         )
@@ -971,16 +941,10 @@ def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool =
     """
     device = next(agent.parameters()).device
     epsilon = 0.0 if greedy else agent.epsilon
-    history = {
-        name: torch.zeros((num_steps, *view.shape), dtype=torch.from_numpy(view).dtype, device=device)
-        for name, view in shown.items()
-    }
     steps, episodes, cut_off = [], [], []
     for t in range(num_steps):
-        for name, view in shown.items():
-            history[name][t] = torch.from_numpy(view)
-        step = {}
-        logits, step["values"] = agent(history["obs"][t])
+        step = {name: torch.tensor(view, device=device) for name, view in shown.items()}
+        logits, step["values"] = agent(step["obs"])
         step["actions"] = choose_actions(logits, agent.nvec, epsilon, greedy)
         step["logprobs"], _ = evaluate_actions(logits, step["actions"], agent.nvec, epsilon)
         envs.step_async(step["actions"].cpu().numpy())
@@ -996,7 +960,7 @@ def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool =
             if truncations[i]:
                 last = infos["final_obs"][i]
                 cut_off.append((t, i, last["obs"] if isinstance(last, dict) else last))
-    data = history | {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+    data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     last_values = agent(torch.from_numpy(shown["obs"]).to(device))[1]
     data["next_values"] = torch.cat([data["values"][1:], last_values[None]])
     for t, i, last in cut_off:  # V of what it showed last, not of the next episode's first
@@ -1009,13 +973,11 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
     shown = reset_games(envs, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
-    pieces = []
-    races: dict[int, dict] = {}
+    pieces, races = [], {}
     while len(races) < len(seeds):
         data, shown, episodes = rollout(envs, agent, shown, 20, greedy)
         pieces.append(data)
-        for info in episodes:
-            races.setdefault(info["game"], info)  # what a game plays after its race does not count
+        races = {info["game"]: info for info in episodes} | races  # the first episode of a game is its race
     for i, info in races.items():
         steps = len(info["trail"])
         info["seed"] = seeds[i]
@@ -1025,7 +987,7 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
 
 
 def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) -> list[dict]:
-    """`race` for any number of seeds, in games of their own. Raises RunError if they are lost."""
+    """`race` for any number of seeds, in games of their own."""
     count = min(len(seeds), 2 * torch.get_num_threads())
     rounds = range(0, len(seeds), count)
     waves = [(seeds * 2)[first : first + count] for first in rounds]  # the first fill up the last one
@@ -1038,7 +1000,7 @@ def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) ->
             continue
         finally:
             end_games(envs)
-    raise RunError(f"A game was lost in {PATIENCE} evaluations in a row: type it once more.")
+    raise SystemExit(f"A game was lost in {PATIENCE} evaluations in a row: type it once more.")
 
 
 def summarize(races: list[dict]) -> dict[str, Any]:
@@ -1097,15 +1059,7 @@ def film_race(args: Args, run: dict, path: Path) -> None:
     """Drives a race again, from its seed and actions, and films it: 640 x 480, three pictures a decision."""
     env = make_env(args, run["track"], width=640, height=480, observe="pixels")
     env.reset(seed=run["seed"], options={"race": True})
-    advance = env.advance
-    with imageio.get_writer(path, fps=3 / args.step_size, macro_block_size=2) as film:
-
-        def advance_in_thirds(seconds: float, action: Any = None) -> None:
-            for pressed in (action, None, None):  # the game goes on with an action by itself
-                advance(seconds / 3, pressed)
-                film.append_data(env.render())
-
-        env.advance = advance_in_thirds
+    with imageio.get_writer(path, fps=3 / args.step_size, macro_block_size=2) as env.film:
         for action in run["actions"].tolist():
             env.step(action)
 
@@ -1235,29 +1189,27 @@ def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict, lis
     """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown".
 
     Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there
-    is the run that never stopped. Raises RunError.
+    is the run that never stopped.
     """
-    rank = int(os.environ.get("RANK", 0))
-    number = run["iteration"] * int(os.environ.get("WORLD_SIZE", 1)) + rank
-    seed = args.seed * 1_000_000 + number * args.num_envs
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    first = int(os.environ.get("RANK", 0)) * args.num_envs
+    seed = args.seed * 1_000_000 + run["iteration"] * args.num_envs * world + first
     for attempt in range(PATIENCE):
         try:
+            if not games["envs"]:
+                observe = args.observe if args.teacher == ("none",) else "both"
+                games["envs"] = make_envs(args, args.num_envs, first, observe=observe)
             if not games["shown"] or run["iteration"] % FRESH_GAMES[args.observe] == 0:
                 torch.manual_seed(seed + attempt)
-                observe = args.observe if args.teacher == ("none",) else "both"
-                games["envs"] = games["envs"] or make_envs(
-                    args, args.num_envs, first=rank * args.num_envs, observe=observe
-                )
                 options = {"speed_cap": run["lesson"]["cap"]}
-                seeds = range(seed, seed + args.num_envs)
-                games["shown"] = reset_games(games["envs"], seeds, options)
+                games["shown"] = reset_games(games["envs"], range(seed, seed + args.num_envs), options)
             data, games["shown"], episodes = rollout(games["envs"], agent, games["shown"], args.num_steps)
             return data, episodes
         except LOST_GAME:
             end_games(games["envs"])
             games.update(envs=None, shown=None)
             run["lost_games"] += 1
-    raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
+    raise SystemExit(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
 
 
 def snapshot(args: Args, agent: Agent, optimizer: Any, run: dict) -> dict:
@@ -1276,15 +1228,8 @@ def load_teachers(args: Args) -> list[Agent]:
         if (theirs.observe, theirs.actions, theirs.speeds) != ("state", args.actions, args.speeds):
             flags = f"--observe state --actions {args.actions}"
             raise UsageError(f"{path} teaches no such actions: learn it with {flags}")
-        teachers.append(make_agent(theirs, checkpoint))
+        teachers.append(make_agent(theirs, checkpoint).requires_grad_(False))
     return teachers
-
-
-@torch.no_grad()
-def ask_teachers(teachers: list[Agent], state: Tensor, first: int) -> Tensor:
-    """What teachers, of which the games have one each in turn, do in states (T, N, S): logits (T, N, ...)."""
-    advice = [teachers[(first + i) % len(teachers)](state[:, i])[0] for i in range(state.shape[1])]
-    return torch.stack(advice, 1)
 
 
 def train(args: Args, folder: Path) -> Agent:
@@ -1316,7 +1261,7 @@ def train(args: Args, folder: Path) -> Agent:
         steps = min(args.total_timesteps, TEACHER_STEPS)
         theirs = dataclasses.replace(args, observe="state", init_from=None, total_timesteps=steps)
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
-        teachers = [train(theirs, folder / "teacher")]
+        teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
     bar.set_description("teacher" if args.observe == "state" else None)
     try:
@@ -1334,7 +1279,10 @@ def train(args: Args, folder: Path) -> Agent:
 
             # Ask the teacher what it would do in every state that the student came to
             if agent.teaching:
-                data["teacher_logits"] = ask_teachers(teachers, data["state"], rank * args.num_envs)
+                first = rank * args.num_envs
+                turns = [teachers[i % len(teachers)] for i in range(first, first + args.num_envs)]
+                advice = [teacher(data["state"][:, i])[0] for i, teacher in enumerate(turns)]
+                data["teacher_logits"] = torch.stack(advice, 1)
 
             # Advantages: what an action brought beyond what the critic expected
             data["advantages"] = compute_gae(data, args.gamma, args.gae_lambda)
@@ -1406,7 +1354,6 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
     """A run's folder while no other process may write it; says then how to go on. Raises UsageError."""
     quoted = shlex.quote(str(folder))
     lock = filelock.FileLock(folder / ".lock", timeout=0)
-    made = [path for path in (folder, folder.parent) if not path.exists()]
     if int(os.environ.get("RANK", 0)) > 0:
         yield folder
         return
@@ -1418,8 +1365,8 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:
-        hint = "start it in another folder."
-        raise UsageError(f"{folder} cannot be written ({error.strerror}): {hint}") from error
+        message = f"{folder} cannot be written ({error.strerror}): start it in another folder."
+        raise UsageError(message) from error
     try:
         yield folder
     finally:
@@ -1427,13 +1374,13 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
             print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
-        for path in made:  # where nothing came of it they are empty
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):  # nothing came of it
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def start() -> None:
-    """Reads the command line, then races a checkpoint or learns. Raises UsageError, RunError."""
+    """Reads the command line, then races a checkpoint or learns. Raises UsageError."""
     args = tyro.cli(Args, description=__doc__)
     if args.resume and args.resume.is_file():
         args.resume = args.resume.parent
@@ -1467,9 +1414,9 @@ def main() -> None:
     torch.set_num_threads(usable_cores())
     try:
         start()
-    except (UsageError, RunError) as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
