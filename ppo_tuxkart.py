@@ -67,7 +67,7 @@ class Game:
     """How the game is played: the settings of `TuxKartEnv`, and the first of the flags."""
 
     engine: Literal["auto", "pystk", "pystk2"] = "auto"  # auto prefers pystk, which is faster
-    observe: Literal["pixels", "state", "both"] = "pixels"  # state: numbers, and nothing is drawn
+    observe: Literal["pixels", "state"] = "pixels"  # state: numbers, and nothing is drawn
     width: int = 64  # width of the picture, in pixels
     height: int = 64  # height of the picture, in pixels
     frame_stack: int = 2  # pictures the network sees, the newest last
@@ -138,8 +138,6 @@ class Args(Game):
             raise UsageError(f"{batch} decisions do not divide: type another --num-minibatches.")
         if len(self.track) > self.num_envs:
             raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
-        if self.observe == "both":
-            raise UsageError("That is for games with a teacher beside: type --observe pixels.")
         if self.observe == "state":
             self.teacher = ("none",)
         if len(self.teacher) not in (1, len(self.track)):
@@ -469,8 +467,7 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
         root = Path(platformdirs.user_cache_dir(ENGINES["pystk2"], "bpiwowar"), "1.5")
     assets = min((file.name[13:] for file in root.glob("data/supertuxkart.[0-9]*")), default="")
     tracks = {file.parent.name for file in root.glob("data/tracks/*/quads.xml")}
-    version = installed[ENGINES[found[0]]]
-    game = {"engine": found[0], "engine_version": version, "assets": assets}
+    game = {"engine": found[0], "engine_version": installed[ENGINES[found[0]]], "assets": assets}
     return game, sorted(tracks - {"overworld", "tutorial"})
 
 
@@ -558,8 +555,7 @@ class TuxKartEnv(gym.Env):
         shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
         pixels = gym.spaces.Box(0, 255, shape, np.uint8)
         state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
-        both = gym.spaces.Dict({"obs": pixels, "state": state})
-        self.observation_space = {"pixels": pixels, "state": state, "both": both}[self.game.observe]
+        self.observation_space = state if self.game.observe == "state" else pixels
         self.action_space = gym.spaces.MultiDiscrete(choices(len(self.game.speeds)))
         self.picture = np.zeros((3, *shape[1:]), np.uint8)
         self.race: Any = None
@@ -635,8 +631,7 @@ class TuxKartEnv(gym.Env):
         TuxKartEnv.playing = self
         road = self.stk.Track()
         road.update()
-        parts = (road.path_nodes, road.path_width, road.path_distance, road.length)
-        self.geometry = TrackGeometry(*parts)
+        self.geometry = TrackGeometry(road.path_nodes, road.path_width, road.path_distance, road.length)
         self.world.update()
         self.items = []  # of each kind: distances down the track, rising, and locations
         for kinds in ITEMS:
@@ -679,8 +674,7 @@ class TuxKartEnv(gym.Env):
                 self.handicap = delay
             elif delay:
                 self.advance(delay)
-        tries = 0 if self.from_line else 5
-        for _ in range(tries):  # on a random path node; it drops, and the camera follows
+        for _ in range(0 if self.from_line else 5):  # on a random path node; it drops, and the camera follows
             node = int(random.integers(len(self.geometry.nodes)))
             askew = random.uniform(-20, 20)
             aside = random.uniform(-0.3, 0.3) * self.geometry.widths[node]
@@ -877,12 +871,10 @@ class TuxKartEnv(gym.Env):
         )
         return np.concatenate(parts, dtype=np.float32)
 
-    def observation(self) -> Any:
-        pixels = self.frames.reshape(-1, *self.frames.shape[2:])
-        if self.game.observe == "pixels":
-            return pixels
-        state = self.state()
-        return state if self.game.observe == "state" else {"obs": pixels, "state": state}
+    def observation(self) -> np.ndarray:
+        if self.game.observe == "state":
+            return self.state()
+        return self.frames.reshape(-1, *self.frames.shape[2:])
 
     def render(self) -> np.ndarray:
         return self.picture.transpose(1, 2, 0).copy()
@@ -911,10 +903,10 @@ def make_env(args: Args, track: str, **changes: Any) -> TuxKartEnv:
     return TuxKartEnv(track, **(settings | changes))
 
 
-def make_envs(args: Args, count: int, first: int = 0, **changes: Any) -> Any:
+def make_envs(args: Args, count: int, first: int = 0) -> Any:
     """Games that play in step, each in a process of its own; they take the tracks in turn."""
     tracks = [args.track[i % len(args.track)] for i in range(first, first + count)]
-    makers = [functools.partial(make_env, args, track, **changes) for track in tracks]
+    makers = [functools.partial(make_env, args, track) for track in tracks]
     return gym.vector.AsyncVectorEnv(makers, copy=False, autoreset_mode="SameStep")
 
 
@@ -926,30 +918,32 @@ def end_games(envs: Any) -> None:
         envs.closed = True
 
 
-def reset_games(envs: Any, seeds: Sequence[int], options: Any = None) -> dict[str, np.ndarray]:
-    """Begins episodes. Returns what N games show: "obs" (N, ...), with a teacher "state" (N, S)."""
+def reset_games(envs: Any, seeds: Sequence[int], options: Any = None) -> np.ndarray:
+    """Begins episodes. Returns what N games show, (N, ...)."""
     envs.reset_async(list(seeds), options)
-    obs, _ = envs.reset_wait(10 * SILENCE)  # a busy machine takes long to load a track
-    return obs if isinstance(obs, dict) else {"obs": obs}
+    return envs.reset_wait(10 * SILENCE)[0]  # a busy machine takes long to load a track
 
 
 @torch.no_grad()
-def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool = False) -> tuple:
-    """Plays T = num_steps decisions in each of N games. shown: what they show now (`reset_games`).
+def rollout(envs: Any, agent: Agent, obs: np.ndarray, num_steps: int, greedy: bool = False) -> tuple:
+    """Plays T = num_steps decisions in each of N games. obs: what they show now (`reset_games`).
 
-    Returns a dict of tensors (T, N, ...), what they show then, and infos of episodes that ended.
+    Returns a dict of tensors (T, N, ...), what they show then, and infos of episodes that ended. While
+    the agent is taught, "state" (T, N, S) is what its teacher needs.
     """
     device = next(agent.parameters()).device
     epsilon = 0.0 if greedy else agent.epsilon
     steps, episodes, cut_off = [], [], []
     for t in range(num_steps):
-        step = {name: torch.tensor(view, device=device) for name, view in shown.items()}
+        step = {"obs": torch.tensor(obs, device=device)}
         logits, step["values"] = agent(step["obs"])
+        if agent.teaching and not greedy:
+            envs.call_async("state")
+            step["state"] = torch.tensor(np.stack(envs.call_wait(SILENCE)), device=device)
         step["actions"] = choose_actions(logits, agent.nvec, epsilon, greedy)
         step["logprobs"], _ = evaluate_actions(logits, step["actions"], agent.nvec, epsilon)
         envs.step_async(step["actions"].cpu().numpy())
         obs, rewards, terminations, truncations, infos = envs.step_wait(SILENCE)
-        shown = obs if isinstance(obs, dict) else {"obs": obs}
         step["rewards"] = torch.from_numpy(rewards).float().to(device)
         step["terminations"] = torch.from_numpy(terminations).to(device)
         step["dones"] = torch.from_numpy(terminations | truncations).to(device)
@@ -958,24 +952,23 @@ def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool =
             info = {name: column.tolist()[i] for name, column in infos["final_info"].items()}
             episodes.append(info | {"game": i})
             if truncations[i]:
-                last = infos["final_obs"][i]
-                cut_off.append((t, i, last["obs"] if isinstance(last, dict) else last))
+                cut_off.append((t, i, infos["final_obs"][i]))
     data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    last_values = agent(torch.from_numpy(shown["obs"]).to(device))[1]
+    last_values = agent(torch.from_numpy(obs).to(device))[1]
     data["next_values"] = torch.cat([data["values"][1:], last_values[None]])
     for t, i, last in cut_off:  # V of what it showed last, not of the next episode's first
         data["next_values"][t, i] = agent(torch.from_numpy(last)[None].to(device))[1][0]
-    return data, shown, episodes
+    return data, obs, episodes
 
 
 def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
     """A race a game. Returns their infos, with seed, actions (T, A) and pictures, uint8 (T, 3, H, W)."""
-    shown = reset_games(envs, seeds, {"race": True, "tracks": tracks})
+    obs = reset_games(envs, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
     pieces, races = [], {}
     while len(races) < len(seeds):
-        data, shown, episodes = rollout(envs, agent, shown, 20, greedy)
+        data, obs, episodes = rollout(envs, agent, obs, 20, greedy)
         pieces.append(data)
         races = {info["game"]: info for info in episodes} | races  # the first episode of a game is its race
     for i, info in races.items():
@@ -989,8 +982,8 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
 def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) -> list[dict]:
     """`race` for any number of seeds, in games of their own."""
     count = min(len(seeds), 2 * torch.get_num_threads())
-    rounds = range(0, len(seeds), count)
-    waves = [(seeds * 2)[first : first + count] for first in rounds]  # the first fill up the last one
+    # the last wave is filled up with the first seeds
+    waves = [(seeds * 2)[first : first + count] for first in range(0, len(seeds), count)]
     for _ in range(PATIENCE):
         envs = make_envs(args, count)
         try:
@@ -1007,23 +1000,20 @@ def summarize(races: list[dict]) -> dict[str, Any]:
     """Figures of races or episodes. Median and best lap are means over the tracks, None unless each was
     finished; return_lap_correlation is None for fewer than ten laps, or within twice what chance brings."""
     finished = [run for run in races if run["finished"]]
-    laps: dict[str, list[float]] = {run["track"]: [] for run in races}
-    for run in finished:
-        laps[run["track"]].append(run["lap_time"])
-    complete = all(laps.values())
+    tracks = dict.fromkeys(run["track"] for run in races)
+    laps = [[run["lap_time"] for run in finished if run["track"] == track] for track in tracks]
     correlation = 0.0
     if len(finished) >= 10:
         pairs = [(run["return"], run["lap_time"]) for run in finished]
         correlation = float(np.corrcoef(pairs, rowvar=False)[0, 1])
-    means = [name for name in races[0] if name.split("/")[0] in ("return", "reward", "progress")]
-    means.append("off_track_seconds")
+    means = [name for name in races[0] if name.startswith(("return", "reward/", "progress", "off_track"))]
     return {
         **{name: float(np.mean([run[name] for run in races])) for name in means},
         "races": len(races),
         "finished": len(finished),
         "lap_times": [run["lap_time"] for run in finished],
-        "median": float(np.mean([np.median(lap) for lap in laps.values()])) if complete else None,
-        "best": float(np.mean([min(lap) for lap in laps.values()])) if complete else None,
+        "median": float(np.mean([np.median(times) for times in laps])) if all(laps) else None,
+        "best": float(np.mean([min(times) for times in laps])) if all(laps) else None,
         "ends": dict(Counter(run["end"] for run in races)),
         "return_lap_correlation": correlation if correlation**2 * len(finished) > 4 else None,
         "mean_position": float(np.mean([run["place"] for run in races])),
@@ -1037,7 +1027,7 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(aspect="equal", title=races[0]["track"])
     axes.plot(*races[0]["geometry"].nodes[:, :, [0, 2]].T, color="lightgray", linewidth=6, zorder=0)
-    for run in [run for run in races if run["track"] == races[0]["track"]]:
+    for run in (run for run in races if run["track"] == races[0]["track"]):
         _, x, _, z, speed = np.array(run["trail"]).T
         dots = axes.scatter(x, z, c=speed, s=2, cmap="coolwarm", vmin=0, vmax=30)
         axes.plot(x[-1:], z[-1:], "none" if run["finished"] else "kx")
@@ -1186,7 +1176,7 @@ def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) ->
 
 
 def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict, list[dict]]:
-    """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown".
+    """A rollout of all games, in new ones if one is lost. games: "envs", and "obs", what they show.
 
     Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there
     is the run that never stopped.
@@ -1196,18 +1186,17 @@ def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict, lis
     seed = args.seed * 1_000_000 + run["iteration"] * args.num_envs * world + first
     for attempt in range(PATIENCE):
         try:
-            if not games["envs"]:
-                observe = args.observe if args.teacher == ("none",) else "both"
-                games["envs"] = make_envs(args, args.num_envs, first, observe=observe)
-            if not games["shown"] or run["iteration"] % FRESH_GAMES[args.observe] == 0:
+            if not games:
+                games["envs"] = make_envs(args, args.num_envs, first)
+            if "obs" not in games or run["iteration"] % FRESH_GAMES[args.observe] == 0:
                 torch.manual_seed(seed + attempt)
                 options = {"speed_cap": run["lesson"]["cap"]}
-                games["shown"] = reset_games(games["envs"], range(seed, seed + args.num_envs), options)
-            data, games["shown"], episodes = rollout(games["envs"], agent, games["shown"], args.num_steps)
+                games["obs"] = reset_games(games["envs"], range(seed, seed + args.num_envs), options)
+            data, games["obs"], episodes = rollout(games["envs"], agent, games["obs"], args.num_steps)
             return data, episodes
         except LOST_GAME:
-            end_games(games["envs"])
-            games.update(envs=None, shown=None)
+            end_games(games.get("envs"))
+            games.clear()
             run["lost_games"] += 1
     raise SystemExit(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
 
@@ -1252,7 +1241,7 @@ def train(args: Args, folder: Path) -> Agent:
     writer: Any = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     if writer:
         writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
-    games: dict[str, Any] = {"envs": None, "shown": None}
+    games: dict[str, Any] = {}
     last = snapshot(args, agent, optimizer, run)  # the last whole iteration
     saved_at = time.time()
     if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
@@ -1301,6 +1290,7 @@ def train(args: Args, folder: Path) -> Agent:
                 summary = summarize(run["recent"])
                 metrics.update({f"charts/{key}": x for key, x in summary.items() if isinstance(x, float)})
                 metrics["charts/finished"] = summary["finished"] / summary["races"]
+                bar.set_postfix(lap=f"{summary['progress']:.0%}", finished=f"{metrics['charts/finished']:.0%}")
             cap = run["lesson"]["cap"]
             last_one = run["iteration"] == num_iterations
             due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
@@ -1312,7 +1302,7 @@ def train(args: Args, folder: Path) -> Agent:
                 verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
                 average_over_ranks([verdict])
                 run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
-                games["shown"] = None  # an episode is driven below one cap
+                games.pop("obs", None)  # an episode is driven below one cap
 
             # Save: scalars of every iteration, and now and then what a run goes on from
             metrics["charts/teaching"] = agent.teaching
@@ -1327,13 +1317,10 @@ def train(args: Args, folder: Path) -> Agent:
             if writer and (fresh or time.time() - saved_at > SAVE_SECONDS):
                 save(last, folder / "last.pt")
                 saved_at = time.time()
-            if run["recent"]:
-                shown = (metrics["charts/progress"], metrics["charts/finished"])
-                bar.set_postfix(lap=f"{shown[0]:.0%}", finished=f"{shown[1]:.0%}")
             bar.update(batch_size)
     finally:  # however it ends: nothing is lost, and no process stays
         bar.close()
-        end_games(games["envs"])
+        end_games(games.get("envs"))
         if writer:
             writer.close()
             save(last, folder / "last.pt")
