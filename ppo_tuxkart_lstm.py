@@ -1139,8 +1139,7 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
             weights = zip(agent.state_dict(), checkpoint["agent"].values(), strict=True)
             agent.load_state_dict(dict(weights))
     except (KeyError, RuntimeError, ValueError) as error:
-        hint = "type --actions, --width and the like as it learnt with."
-        raise UsageError(f"Another network: {hint}") from error
+        raise UsageError("Another network: type --actions, --width and the like as it learnt with.") from error
     gpu = args.device == "auto" and torch.cuda.is_available()
     return agent.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
 
@@ -1159,14 +1158,12 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
-        settings = {"teacher": ("none",)} | settings  # older scripts had none, and other settings
-        return checkpoint | {"args": Args(**settings)}
-    except UsageError:  # settings that it cannot have been saved with by this script
-        raise
     except FileNotFoundError:
         raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
     except Exception as error:  # whatever may be in a file
         raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
+    settings.setdefault("teacher", ("none",))  # older scripts had none, and other settings
+    return checkpoint | {"args": Args(**settings)}
 
 
 def next_lesson(lesson: dict, passed: bool, agent: Agent) -> dict:
@@ -1394,9 +1391,7 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
 def start() -> None:
     """Reads the command line, then races a checkpoint or learns. Raises UsageError."""
     args = tyro.cli(Args, description=__doc__)
-    if args.resume and args.resume.is_file():
-        args.resume = args.resume.parent
-    folder = args.resume
+    folder = args.resume.parent if args.resume and args.resume.is_file() else args.resume
     now = time.strftime("%Y%m%d-%H%M%S")
     path = args.evaluate or (folder and folder / "last.pt")
     if path:  # its settings hold but for those typed
