@@ -680,13 +680,10 @@ class TuxKartEnv(gym.Env):
                 self.advance(0.05)
         random = self.np_random
         self.from_line = self.in_race or random.random() >= self.game.random_start
-        self.along = 0.0
-        self.handicap = 0.0
+        self.along = self.handicap = 0.0
         if self.in_race:  # a little aside, askew and late, by amounts drawn from the seed
-            aside = random.uniform(-2, 2)
-            askew = random.uniform(-10, 10)
+            self.put(location, random.uniform(-2, 2), heading, random.uniform(-10, 10), 1 / 120)
             delay = 0.05 * int(random.integers(5)) * (self.game.num_karts == 1)  # none beside others
-            self.put(location, aside, heading, askew, 1 / 120)
             if self.game.driver == "ai":  # it would drive off, so its clock gets the delay instead
                 self.handicap = delay
             elif delay:
