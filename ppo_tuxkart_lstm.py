@@ -802,20 +802,19 @@ class TuxKartEnv(gym.Env):
             return "off track"
         return "time limit" if self.world.time - self.started_at >= self.limit else ""
 
-    def drive(self, choices: list[int]) -> dict[str, Any]:
+    def drive(self, action: list[int]) -> dict[str, Any]:
         """Holds the controls of an action for one decision. Returns them."""
-        controls = self.controls(choices, self.speed, self.game.speeds)
+        controls = self.controls(action, self.speed, self.game.speeds)
         if self.speed_cap is not None:
             cap = govern(self.speed_cap, self.speed)
             controls["acceleration"] = min(controls["acceleration"], cap["acceleration"])
             controls["brake"] = controls["brake"] or cap["brake"]
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
-        pressed = [self.stk.Action(**told)]
-        if self.film:  # the game goes on with an action by itself
-            pressed += [None, None]
-        for action in pressed:
-            self.advance(self.game.step_size / len(pressed), action)
+        presses = [self.stk.Action(**told), None, None]  # the game goes on with an action by itself
+        pictures = 3 if self.film else 1
+        for pressed in presses[:pictures]:
+            self.advance(self.game.step_size / pictures, pressed)
             if self.film:
                 self.film.append_data(self.render())
         self.held = {"drift": False, "nitro": False, **controls}

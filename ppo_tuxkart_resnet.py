@@ -970,20 +970,19 @@ class TuxKartEnv(gym.Env):
             return "off track"
         return "time limit" if self.world.time - self.started_at >= self.limit else ""
 
-    def drive(self, choices: list[int]) -> dict[str, Any]:
+    def drive(self, action: list[int]) -> dict[str, Any]:
         """Holds the controls of an action for one decision. Returns them."""
-        controls = self.controls(choices, self.speed, self.game.speeds)
+        controls = self.controls(action, self.speed, self.game.speeds)
         if self.speed_cap is not None:
             cap = govern(self.speed_cap, self.speed)
             controls["acceleration"] = min(controls["acceleration"], cap["acceleration"])
             controls["brake"] = controls["brake"] or cap["brake"]
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
-        pressed = [self.stk.Action(**told)]
-        if self.film:  # the game goes on with an action by itself
-            pressed += [None, None]
-        for action in pressed:
-            self.advance(self.game.step_size / len(pressed), action)
+        presses = [self.stk.Action(**told), None, None]  # the game goes on with an action by itself
+        pictures = 3 if self.film else 1
+        for pressed in presses[:pictures]:
+            self.advance(self.game.step_size / pictures, pressed)
             if self.film:
                 self.film.append_data(self.render())
         self.held = {"drift": False, "nitro": False, **controls}
@@ -1117,14 +1116,14 @@ class PictureEnv(TuxKartEnv):
             rows[:] = round(255 * share)
         return picture
 
-    def drive(self, choices: list[int]) -> dict[str, Any]:
+    def drive(self, action: list[int]) -> dict[str, Any]:
         if self.game.random_action_prob and not self.in_race:
             if not self.burst and self.np_random.random() < self.game.random_action_prob:
                 self.burst = self.game.random_action_steps
             if self.burst:
-                choices = self.np_random.integers(self.action_space.nvec).tolist()
+                action = self.np_random.integers(self.action_space.nvec).tolist()
             self.burst = max(self.burst - 1, 0)
-        controls = super().drive(choices)
+        controls = super().drive(action)
         now = self.going_on_now(controls)
         self.events = tuple(name for name in now if name not in self.going_on)
         self.going_on = now

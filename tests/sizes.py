@@ -26,11 +26,11 @@ SCRIPTS = {
 
 # What is still larger than that, and by how much it may be: none of it may grow, and each line here is to go
 NOT_YET = {
-    "ppo_tuxkart.py, lines": 1402,
+    "ppo_tuxkart.py, lines": 1401,
     "ppo_tuxkart.py, definitions": 70,
     "bench/*.py, lines": 1589,
     "worldmodel_carracing.py, lines": 1107,
-    "ppo_tuxkart_resnet.py, lines": 1708,
+    "ppo_tuxkart_resnet.py, lines": 1707,
 }
 
 
