@@ -47,6 +47,7 @@ import filelock
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
+import platformdirs
 import torch
 import torch.distributed as dist
 import tyro
@@ -59,16 +60,12 @@ class UsageError(ValueError):
     """What was typed, or what the machine lacks: one sentence on what to type (exit code 2)."""
 
 
-class RunError(RuntimeError):
-    """What went wrong on the way, in one sentence (exit code 1)."""
-
-
 @dataclasses.dataclass
 class Game:
     """How the game is played: the settings of `TuxKartEnv`, and the first of the flags."""
 
     engine: Literal["auto", "pystk", "pystk2"] = "auto"  # auto prefers pystk, which is faster
-    observe: Literal["pixels", "state", "both"] = "pixels"  # state: numbers, and nothing is drawn
+    observe: Literal["pixels", "state"] = "pixels"  # state: numbers, and nothing is drawn
     width: int = 64  # width of the picture, in pixels
     height: int = 64  # height of the picture, in pixels
     frame_stack: int = 1  # pictures the network sees, the newest last
@@ -80,7 +77,7 @@ class Game:
     difficulty: int = 2  # the game's, 0 to 3: top speed is 0.6, 0.8, 0.92 or 1 of the full one
     num_karts: int = 1  # karts in the race; the game's AI drives the others
     reward: tuple[str, ...] = ("progress",)  # reward(s), weighted: progress:1 zigzag:0.1
-    actions: Literal["drive", "ec418", "deepracer"] = "drive"  # what the network decides
+    actions: Literal["skid", "drive", "ec418", "deepracer"] = "skid"  # what the network decides
     speeds: tuple[float, ...] = (8.0, 16.0, 24.0)  # m/s to choose from, for --actions deepracer
     speed_cap: float | None = None  # m/s that the kart keeps below, whatever was decided
 
@@ -139,8 +136,6 @@ class Args(Game):
             raise UsageError("The games do not divide: type another --num-minibatches.")
         if len(self.track) > self.num_envs:
             raise UsageError(f"Each track needs a game: type --num-envs {len(self.track)} or more.")
-        if self.observe == "both":
-            raise UsageError("That is for games with a teacher beside: type --observe pixels.")
         if self.observe == "state":
             self.teacher = ("none",)
         if len(self.teacher) not in (1, len(self.track)):
@@ -360,7 +355,7 @@ def ppo_update(agent: Agent, optimizer: Any, batch: dict[str, Tensor], args: Arg
             loss.backward()
             average_over_ranks([parameter.grad for parameter in agent.parameters()])
             if not nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm).isfinite():
-                raise RunError("No finite gradient: look at --reward, or lower --learning-rate.")
+                raise SystemExit("No finite gradient: look at --reward, or lower --learning-rate.")
             optimizer.step()
     metrics = {name: torch.stack([row[name] for row in history]).mean().item() for name in scalars}
     metrics["losses/ratio_error"] = history[0]["losses/ratio_error"].item()
@@ -398,6 +393,7 @@ def deepracer_actions(action: list[int], speed: float, speeds: Sequence[float]) 
 # How many choices each part of an action has, given the number of speeds, and what the game is
 # told: steer from -1 (left) to 1, pedals and buttons. pace: as a share of the fastest choice.
 ACTIONS: dict[str, tuple[Callable, Callable]] = {
+    "skid": (lambda speeds: [5, 3, 2, 2], drive_actions),  # and a drift is held for DRIFT_SECONDS
     "drive": (lambda speeds: [5, 3, 2, 2], drive_actions),
     "ec418": (lambda speeds: [16], ec418_actions),
     "deepracer": (lambda speeds: [7 * speeds], deepracer_actions),
@@ -468,14 +464,12 @@ def parse_reward(parts: Iterable[str]) -> dict[str, float]:
 
 ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # PyPI's "pystk" is another
 LAP_SECONDS = 150.0  # time limit of a lap, in game time
+DRIFT_SECONDS = 1.1  # a drift of about a second ends with a boost, which random actions never find
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
 AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
-
-
-def find_pystk2_assets() -> Path:
-    """Where pystk2 has its assets; it fetches them at its first start, if install.sh has not laid them out."""
-    return Path(importlib.import_module("platformdirs").user_cache_dir("PySuperTuxKart2", "bpiwowar"), "1.5")
+# What says where an engine may write. pystk2 would write into the player's own saves.
+WRITES = ("SUPERTUXKART_SAVEDIR", "MESA_SHADER_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 
 
 @functools.cache
@@ -487,31 +481,13 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
         raise UsageError(f"There is no engine {engine}: type ./install.sh, or pip install {ENGINES['pystk2']}")
     if found[0] == "pystk":
         root = Path(importlib.import_module("pystk_data").data_dir)
-    else:
-        root = find_pystk2_assets()
+    else:  # which fetches them at its first start, where install.sh has not laid them out
+        root = Path(platformdirs.user_cache_dir(ENGINES["pystk2"], "bpiwowar"), "1.5")
+        root.parent.mkdir(parents=True, exist_ok=True)
     assets = min((file.name[13:] for file in root.glob("data/supertuxkart.[0-9]*")), default="")
     tracks = {file.parent.name for file in root.glob("data/tracks/*/quads.xml")}
-    version = installed[ENGINES[found[0]]]
-    game = {"engine": found[0], "engine_version": version, "assets": assets}
+    game = {"engine": found[0], "engine_version": installed[ENGINES[found[0]]], "assets": assets}
     return game, sorted(tracks - {"overworld", "tutorial"})
-
-
-def private_home(engine: str) -> dict[str, str]:
-    """Variables that keep what an engine writes out of the home: pystk2 resets a player's saves."""
-    if "SUPERTUXKART_SAVEDIR" in os.environ:
-        return {}
-    home = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
-    home.mkdir(exist_ok=True)
-    if sys.platform != "linux":
-        return {"SUPERTUXKART_SAVEDIR": str(home)}
-    if engine == "pystk2":  # it looks for its assets below XDG_CACHE_HOME
-        assets = find_pystk2_assets().parent
-        assets.mkdir(parents=True, exist_ok=True)
-        link = home / f"assets-{os.getpid()}"
-        link.symlink_to(assets)
-        os.replace(link, home / assets.name)  # at once, since another game may start now
-    places = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "MESA_SHADER_CACHE_DIR")
-    return dict.fromkeys(("SUPERTUXKART_SAVEDIR", *places), str(home))
 
 
 class TrackGeometry:
@@ -536,11 +512,6 @@ class TrackGeometry:
         self.milestones[len(ring) - 1 :] += self.length
         self.milestones = np.maximum.accumulate(self.milestones)
         self.road = np.column_stack([self.nodes[rounds, 0], self.widths[rounds]])
-
-    def ahead(self, distance: float) -> np.ndarray:
-        """The middle of the road, x, y, z, and its width, AHEAD's metres beyond a distance: (11, 4)."""
-        columns = [np.interp(distance + AHEAD, self.milestones, column) for column in self.road.T]
-        return np.stack(columns, -1)
 
     def gain(self, before: float, after: Any) -> Any:
         """Metres from one distance down the track to another, in [-length/2, length/2)."""
@@ -586,6 +557,7 @@ class TuxKartEnv(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
     started: tuple | None = None  # the process that has begun a game, and which
     playing: Any = None  # the environment whose race it is
+    film: Any = None  # imageio's, for three pictures a decision
     events: tuple[str, ...] = ()  # what began with the last decision, where a subclass tells
     finishes: tuple[str, ...] = ("finished", "line")  # the ends that are good ones
 
@@ -593,7 +565,9 @@ class TuxKartEnv(gym.Env):
         self.game = Game(**settings)
         try:
             self.versions, tracks = find_game(self.game.engine)
-            self.home = private_home(self.versions["engine"])
+            ours = Path(tempfile.gettempdir(), f"tuxkart-{getattr(os, 'getuid', int)()}")
+            self.home = os.environ.get("SUPERTUXKART_SAVEDIR", str(ours))
+            os.makedirs(self.home, exist_ok=True)
         except (OSError, RuntimeError) as error:  # an unknown user, a read-only system
             raise UsageError(f"The game cannot write ({error}): set HOME and TMPDIR to folders of yours.") from error
         if tracks and track not in tracks:
@@ -606,8 +580,7 @@ class TuxKartEnv(gym.Env):
         shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
         pixels = gym.spaces.Box(0, 255, shape, np.uint8)
         state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
-        both = gym.spaces.Dict({"obs": pixels, "state": state})
-        self.observation_space = {"pixels": pixels, "state": state, "both": both}[self.game.observe]
+        self.observation_space = state if self.game.observe == "state" else pixels
         self.action_space = gym.spaces.MultiDiscrete(choices(len(self.game.speeds)))
         self.picture = np.zeros((3, *shape[1:]), np.uint8)
         self.race: Any = None
@@ -643,7 +616,11 @@ class TuxKartEnv(gym.Env):
             graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
             graphics.screen_width = game.width
             graphics.screen_height = game.height
-            with mock.patch.dict(os.environ, self.home):
+            assets = platformdirs.user_cache_dir(ENGINES["pystk2"], "bpiwowar")  # which stay in the user's home
+            with (
+                mock.patch.dict(os.environ, dict.fromkeys(WRITES, self.home)),
+                mock.patch.object(platformdirs, "user_cache_dir", return_value=assets),
+            ):
                 self.stk.init(graphics)
             atexit.register(self.stk.clean)
             atexit.register(lambda: TuxKartEnv.playing and TuxKartEnv.playing.close())  # before it
@@ -660,6 +637,11 @@ class TuxKartEnv(gym.Env):
         """Loads the track; everything in the game is new after it, the camera too."""
         if TuxKartEnv.playing:  # the engine allows one race at a time
             TuxKartEnv.playing.close()
+        with contextlib.suppress(
+            ValueError
+        ):  # pystk2 keeps cameras that never drew, and would move them with dead karts
+            cameras = (ctypes.c_void_p * 3).in_dll(ctypes.CDLL(self.stk.__file__), "_ZN6Camera13m_all_camerasE")
+            cameras[1] = cameras[0]  # a C++ vector that ends where it begins
         config = self.stk.RaceConfig(track=self.track, num_kart=self.game.num_karts)
         for name in ("laps", "reverse", "difficulty", "step_size"):
             setattr(config, name, getattr(self.game, name))
@@ -676,8 +658,7 @@ class TuxKartEnv(gym.Env):
         TuxKartEnv.playing = self
         road = self.stk.Track()
         road.update()
-        parts = (road.path_nodes, road.path_width, road.path_distance, road.length)
-        self.geometry = TrackGeometry(*parts)
+        self.geometry = TrackGeometry(road.path_nodes, road.path_width, road.path_distance, road.length)
         self.world.update()
         self.items = []  # of each kind: distances down the track, rising, and locations
         for kinds in ITEMS:
@@ -709,19 +690,15 @@ class TuxKartEnv(gym.Env):
                 self.advance(0.05)
         random = self.np_random
         self.from_line = self.in_race or random.random() >= self.game.random_start
-        self.along = 0.0
-        self.handicap = 0.0
+        self.along = self.handicap = 0.0
         if self.in_race:  # a little aside, askew and late, by amounts drawn from the seed
-            aside = random.uniform(-2, 2)
-            askew = random.uniform(-10, 10)
+            self.put(location, random.uniform(-2, 2), heading, random.uniform(-10, 10), 1 / 120)
             delay = 0.05 * int(random.integers(5)) * (self.game.num_karts == 1)  # none beside others
-            self.put(location, aside, heading, askew, 1 / 120)
             if self.game.driver == "ai":  # it would drive off, so its clock gets the delay instead
                 self.handicap = delay
             elif delay:
                 self.advance(delay)
-        tries = 0 if self.from_line else 5
-        for _ in range(tries):  # on a random path node; it drops, and the camera follows
+        for _ in range(0 if self.from_line else 5):  # on a random path node; it drops, and the camera follows
             node = int(random.integers(len(self.geometry.nodes)))
             askew = random.uniform(-20, 20)
             aside = random.uniform(-0.3, 0.3) * self.geometry.widths[node]
@@ -838,13 +815,20 @@ class TuxKartEnv(gym.Env):
     def drive(self, action: list[int]) -> dict[str, Any]:
         """Holds the controls of an action for one decision. Returns them."""
         controls = self.controls(action, self.speed, self.game.speeds)
+        if self.game.actions == "skid" and 0 < self.drifted < DRIFT_SECONDS:
+            controls["drift"] = True
         if self.speed_cap is not None:
             cap = govern(self.speed_cap, self.speed)
             controls["acceleration"] = min(controls["acceleration"], cap["acceleration"])
             controls["brake"] = controls["brake"] or cap["brake"]
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
-        self.advance(self.game.step_size, self.stk.Action(**told))
+        presses = [self.stk.Action(**told), None, None]  # the game goes on with an action by itself
+        pictures = 3 if self.film else 1
+        for pressed in presses[:pictures]:
+            self.advance(self.game.step_size / pictures, pressed)
+            if self.film:
+                self.film.append_data(self.render())
         self.held = {"drift": False, "nitro": False, **controls}
         self.drifted = self.held["drift"] * (self.drifted + self.game.step_size)
         return controls
@@ -886,12 +870,9 @@ class TuxKartEnv(gym.Env):
         Not in it, because pystk tells nothing about it: nitro in the tank, charge of the skid, zippers. Nor
         is the place on the track, so that one network can drive many.
         """
-        kart = self.kart
         along, offset, road_heading, width = self.spot
-        x, y, z = kart.location
         sine, cosine = math.sin(self.heading), math.cos(self.heading)
-        east, up, north = kart.velocity
-        nose = kart.front[1] - y
+        east, up, north = self.kart.velocity
         numbers = [
             math.sin(self.heading - road_heading),
             math.cos(self.heading - road_heading),
@@ -901,38 +882,35 @@ class TuxKartEnv(gym.Env):
             (east * sine + north * cosine) / 20,
             (east * cosine - north * sine) / 10,
             up / 10,
-            nose,
-            kart.jumping,
+            self.kart.front[1] - self.kart.location[1],
+            self.kart.jumping,
             (self.world.time - self.best_at) / 4,
             self.drifted,
             self.held["steer"],
             self.held["nitro"],
         ]
-        road = self.geometry.ahead(along)
-        firsts = [np.searchsorted(places[:, 0], along) for places in self.items]
-        items = np.concatenate([p[first : first + 2] for p, first in zip(self.items, firsts, strict=True)])
-        near = items[:, 0] < along + 100
-        points = np.concatenate([road[:, :3], items[:, 1:]]) - (x, y, z)
+        road = [np.interp(along + AHEAD, self.geometry.milestones, column) for column in self.geometry.road.T]
+        items = np.concatenate([rows[np.searchsorted(rows[:, 0], along) :][:2] for rows in self.items])
+        points = np.concatenate([np.stack(road[:3], -1), items[:, 1:]]) - self.kart.location
         right = points[:, 0] * cosine - points[:, 2] * sine
         forward = points[:, 0] * sine + points[:, 2] * cosine
+        near = items[:, 0] < along + 100
         split = len(AHEAD)
         parts = (
             numbers,
             right[:split] / AHEAD,
             forward[:split] / AHEAD,
             points[:split, 1] / AHEAD,
-            road[:, 3] / 20,
+            road[3] / 20,
             np.where(near, right[split:] / 10, 0),
             np.where(near, forward[split:] / 50, 2),
         )
         return np.concatenate(parts, dtype=np.float32)
 
-    def observation(self) -> Any:
-        pixels = self.frames.reshape(-1, *self.frames.shape[2:])
-        if self.game.observe == "pixels":
-            return pixels
-        state = self.state()
-        return state if self.game.observe == "state" else {"obs": pixels, "state": state}
+    def observation(self) -> np.ndarray:
+        if self.game.observe == "state":
+            return self.state()
+        return self.frames.reshape(-1, *self.frames.shape[2:])
 
     def render(self) -> np.ndarray:
         return self.picture.transpose(1, 2, 0).copy()
@@ -961,10 +939,10 @@ def make_env(args: Args, track: str, **changes: Any) -> TuxKartEnv:
     return TuxKartEnv(track, **(settings | changes))
 
 
-def make_envs(args: Args, count: int, first: int = 0, **changes: Any) -> Any:
+def make_envs(args: Args, count: int, first: int = 0) -> Any:
     """Games that play in step, each in a process of its own; they take the tracks in turn."""
     tracks = [args.track[i % len(args.track)] for i in range(first, first + count)]
-    makers = [functools.partial(make_env, args, track, **changes) for track in tracks]
+    makers = [functools.partial(make_env, args, track) for track in tracks]
     return gym.vector.AsyncVectorEnv(makers, copy=False, autoreset_mode="SameStep")
 
 
@@ -977,40 +955,35 @@ def end_games(envs: Any) -> None:
 
 
 def reset_games(envs: Any, seeds: Sequence[int], options: Any = None) -> dict[str, np.ndarray]:
-    """Begins episodes. Returns what N games show: "obs" (N, ...), with a teacher "state" (N, S), and
-    what `Agent` knows of them: "memory" (N, 2 UNITS), "starts" (N,)."""
+    """Begins episodes. Returns what N games show, "obs" (N, ...), and what `Agent` knows of them: "memory"
+    (N, 2 UNITS), "starts" (N,)."""
     envs.reset_async(list(seeds), options)
-    obs, _ = envs.reset_wait(10 * SILENCE)  # a busy machine takes long to load a track
-    shown = obs if isinstance(obs, dict) else {"obs": obs}
+    obs = envs.reset_wait(10 * SILENCE)[0]  # a busy machine takes long to load a track
     memory = np.zeros((len(seeds), 2 * UNITS), np.float32)
-    return shown | {"memory": memory, "starts": np.ones(len(seeds), bool)}
+    return {"obs": obs, "memory": memory, "starts": np.ones(len(seeds), bool)}
 
 
 @torch.no_grad()
 def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool = False) -> tuple:
     """Plays T = num_steps decisions in each of N games. shown: what they show now (`reset_games`).
 
-    Returns a dict of tensors (T, N, ...), what they show then, and infos of episodes that ended.
+    Returns a dict of tensors (T, N, ...), what they show then, and infos of episodes that ended. While
+    the agent is taught, "state" (T, N, S) is what its teacher needs.
     """
     device = next(agent.parameters()).device
     epsilon = 0.0 if greedy else agent.epsilon
-    history = {
-        name: torch.zeros((num_steps, *view.shape), dtype=torch.from_numpy(view).dtype, device=device)
-        for name, view in shown.items()
-    }
     steps, episodes, cut_off = [], [], []
     for t in range(num_steps):
-        for name, view in shown.items():
-            history[name][t] = torch.from_numpy(view)
-        step = {}
-        obs, memory, starts = (history[name][t] for name in ("obs", "memory", "starts"))
-        logits, step["values"], memory = agent(obs, memory, starts)
+        step = {name: torch.tensor(view, device=device) for name, view in shown.items()}
+        logits, step["values"], memory = agent(step["obs"], step["memory"], step["starts"])
+        if agent.teaching and not greedy:
+            envs.call_async("state")
+            step["state"] = torch.tensor(np.stack(envs.call_wait(SILENCE)), device=device)
         step["actions"] = choose_actions(logits, agent.nvec, epsilon, greedy)
         step["logprobs"], _ = evaluate_actions(logits, step["actions"], agent.nvec, epsilon)
         envs.step_async(step["actions"].cpu().numpy())
         obs, rewards, terminations, truncations, infos = envs.step_wait(SILENCE)
-        shown = obs if isinstance(obs, dict) else {"obs": obs}
-        shown = shown | {"memory": memory.cpu().numpy(), "starts": terminations | truncations}
+        shown = {"obs": obs, "memory": memory.cpu().numpy(), "starts": terminations | truncations}
         step["rewards"] = torch.from_numpy(rewards).float().to(device)
         step["terminations"] = torch.from_numpy(terminations).to(device)
         step["dones"] = torch.from_numpy(terminations | truncations).to(device)
@@ -1019,10 +992,8 @@ def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool =
             info = {name: column.tolist()[i] for name, column in infos["final_info"].items()}
             episodes.append(info | {"game": i})
             if truncations[i]:
-                last = infos["final_obs"][i]
-                last = last["obs"] if isinstance(last, dict) else last
-                cut_off.append((t, i, last, memory[i : i + 1]))
-    data = history | {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+                cut_off.append((t, i, infos["final_obs"][i], memory[i : i + 1]))
+    data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     last = {name: torch.from_numpy(view).to(device) for name, view in shown.items()}
     last_values = agent(last["obs"], last["memory"], last["starts"])[1]
     data["next_values"] = torch.cat([data["values"][1:], last_values[None]])
@@ -1035,16 +1006,14 @@ def rollout(envs: Any, agent: Agent, shown: dict, num_steps: int, greedy: bool =
 
 def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: bool) -> list[dict]:
     """A race a game. Returns their infos, with seed, actions (T, A) and pictures, uint8 (T, 3, H, W)."""
-    shown = reset_games(envs, seeds, {"race": True, "tracks": tracks})
+    obs = reset_games(envs, seeds, {"race": True, "tracks": tracks})
     if not greedy:
         torch.manual_seed(seeds[0])
-    pieces = []
-    races: dict[int, dict] = {}
+    pieces, races = [], {}
     while len(races) < len(seeds):
-        data, shown, episodes = rollout(envs, agent, shown, 20, greedy)
+        data, obs, episodes = rollout(envs, agent, obs, 20, greedy)
         pieces.append(data)
-        for info in episodes:
-            races.setdefault(info["game"], info)  # what a game plays after its race does not count
+        races = {info["game"]: info for info in episodes} | races  # the first episode of a game is its race
     for i, info in races.items():
         steps = len(info["trail"])
         info["seed"] = seeds[i]
@@ -1054,10 +1023,10 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
 
 
 def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) -> list[dict]:
-    """`race` for any number of seeds, in games of their own. Raises RunError if they are lost."""
+    """`race` for any number of seeds, in games of their own."""
     count = min(len(seeds), 2 * torch.get_num_threads())
-    rounds = range(0, len(seeds), count)
-    waves = [(seeds * 2)[first : first + count] for first in rounds]  # the first fill up the last one
+    # the last wave is filled up with the first seeds
+    waves = [(seeds * 2)[first : first + count] for first in range(0, len(seeds), count)]
     for _ in range(PATIENCE):
         envs = make_envs(args, count)
         try:
@@ -1067,30 +1036,27 @@ def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) ->
             continue
         finally:
             end_games(envs)
-    raise RunError(f"A game was lost in {PATIENCE} evaluations in a row: type it once more.")
+    raise SystemExit(f"A game was lost in {PATIENCE} evaluations in a row: type it once more.")
 
 
 def summarize(races: list[dict]) -> dict[str, Any]:
     """Figures of races or episodes. Median and best lap are means over the tracks, None unless each was
     finished; return_lap_correlation is None for fewer than ten laps, or within twice what chance brings."""
     finished = [run for run in races if run["finished"]]
-    laps: dict[str, list[float]] = {run["track"]: [] for run in races}
-    for run in finished:
-        laps[run["track"]].append(run["lap_time"])
-    complete = all(laps.values())
+    tracks = dict.fromkeys(run["track"] for run in races)
+    laps = [[run["lap_time"] for run in finished if run["track"] == track] for track in tracks]
     correlation = 0.0
     if len(finished) >= 10:
         pairs = [(run["return"], run["lap_time"]) for run in finished]
         correlation = float(np.corrcoef(pairs, rowvar=False)[0, 1])
-    means = [name for name in races[0] if name.split("/")[0] in ("return", "reward", "progress")]
-    means.append("off_track_seconds")
+    means = [name for name in races[0] if name.startswith(("return", "reward/", "progress", "off_track"))]
     return {
         **{name: float(np.mean([run[name] for run in races])) for name in means},
         "races": len(races),
         "finished": len(finished),
         "lap_times": [run["lap_time"] for run in finished],
-        "median": float(np.mean([np.median(lap) for lap in laps.values()])) if complete else None,
-        "best": float(np.mean([min(lap) for lap in laps.values()])) if complete else None,
+        "median": float(np.mean([np.median(times) for times in laps])) if all(laps) else None,
+        "best": float(np.mean([min(times) for times in laps])) if all(laps) else None,
         "ends": dict(Counter(run["end"] for run in races)),
         "return_lap_correlation": correlation if correlation**2 * len(finished) > 4 else None,
         "mean_position": float(np.mean([run["place"] for run in races])),
@@ -1106,7 +1072,7 @@ def show_races(races: list[dict], folder: Path, fps: float) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot(aspect="equal", title=races[0]["track"])
     axes.plot(*races[0]["geometry"].nodes[:, :, [0, 2]].T, color="lightgray", linewidth=6, zorder=0)
-    for run in [run for run in races if run["track"] == races[0]["track"]]:
+    for run in (run for run in races if run["track"] == races[0]["track"]):
         _, x, _, z, speed = np.array(run["trail"]).T
         dots = axes.scatter(x, z, c=speed, s=2, cmap="coolwarm", vmin=0, vmax=30)
         axes.plot(x[-1:], z[-1:], "none" if run["finished"] else "kx")
@@ -1128,15 +1094,7 @@ def film_race(args: Args, run: dict, path: Path) -> None:
     """Drives a race again, from its seed and actions, and films it: 640 x 480, three pictures a decision."""
     env = make_env(args, run["track"], width=640, height=480, observe="pixels")
     env.reset(seed=run["seed"], options={"race": True})
-    advance = env.advance
-    with imageio.get_writer(path, fps=3 / args.step_size, macro_block_size=2) as film:
-
-        def advance_in_thirds(seconds: float, action: Any = None) -> None:
-            for pressed in (action, None, None):  # the game goes on with an action by itself
-                advance(seconds / 3, pressed)
-                film.append_data(env.render())
-
-        env.advance = advance_in_thirds
+    with imageio.get_writer(path, fps=3 / args.step_size, macro_block_size=2) as env.film:
         for action in run["actions"].tolist():
             env.step(action)
 
@@ -1202,8 +1160,7 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
             weights = zip(agent.state_dict(), checkpoint["agent"].values(), strict=True)
             agent.load_state_dict(dict(weights))
     except (KeyError, RuntimeError, ValueError) as error:
-        hint = "type --actions, --width and the like as it learnt with."
-        raise UsageError(f"Another network: {hint}") from error
+        raise UsageError("Another network: type --actions, --width and the like as it learnt with.") from error
     gpu = args.device == "auto" and torch.cuda.is_available()
     return agent.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
 
@@ -1222,14 +1179,12 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in dataclasses.fields(Args)} - {"init_from"}
         settings = {name: value for name, value in checkpoint["args"].items() if name in known}
-        settings = {"teacher": ("none",)} | settings  # older scripts had none, and other settings
-        return checkpoint | {"args": Args(**settings)}
-    except UsageError:  # settings that it cannot have been saved with by this script
-        raise
     except FileNotFoundError:
         raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
     except Exception as error:  # whatever may be in a file
         raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
+    settings.setdefault("teacher", ("none",))  # older scripts had none, and other settings
+    return checkpoint | {"args": Args(**settings)}
 
 
 def next_lesson(lesson: dict, passed: bool, agent: Agent) -> dict:
@@ -1263,32 +1218,29 @@ def exam(args: Args, agent: Agent, cap: float | None, writer: Any, step: int) ->
 
 
 def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict, list[dict]]:
-    """A rollout of all games, in new ones if one is lost. games: "envs", and what they have "shown".
+    """A rollout of all games, in new ones if one is lost. games: "envs", and "obs", what they show.
 
     Now and then the games begin afresh, from (seed, iteration) alone, so a run that is resumed there
-    is the run that never stopped. Raises RunError.
+    is the run that never stopped.
     """
-    rank = int(os.environ.get("RANK", 0))
-    number = run["iteration"] * int(os.environ.get("WORLD_SIZE", 1)) + rank
-    seed = args.seed * 1_000_000 + number * args.num_envs
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    first = int(os.environ.get("RANK", 0)) * args.num_envs
+    seed = args.seed * 1_000_000 + run["iteration"] * args.num_envs * world + first
     for attempt in range(PATIENCE):
         try:
-            if not games["shown"] or run["iteration"] % FRESH_GAMES[args.observe] == 0:
+            if not games:
+                games["envs"] = make_envs(args, args.num_envs, first)
+            if "obs" not in games or run["iteration"] % FRESH_GAMES[args.observe] == 0:
                 torch.manual_seed(seed + attempt)
-                observe = args.observe if args.teacher == ("none",) else "both"
-                games["envs"] = games["envs"] or make_envs(
-                    args, args.num_envs, first=rank * args.num_envs, observe=observe
-                )
                 options = {"speed_cap": run["lesson"]["cap"]}
-                seeds = range(seed, seed + args.num_envs)
-                games["shown"] = reset_games(games["envs"], seeds, options)
-            data, games["shown"], episodes = rollout(games["envs"], agent, games["shown"], args.num_steps)
+                games["obs"] = reset_games(games["envs"], range(seed, seed + args.num_envs), options)
+            data, games["obs"], episodes = rollout(games["envs"], agent, games["obs"], args.num_steps)
             return data, episodes
         except LOST_GAME:
-            end_games(games["envs"])
-            games.update(envs=None, shown=None)
+            end_games(games.get("envs"))
+            games.clear()
             run["lost_games"] += 1
-    raise RunError(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
+    raise SystemExit(f"Games were lost {PATIENCE} times in a row: type fewer --num-envs.")
 
 
 def snapshot(args: Args, agent: Agent, optimizer: Any, run: dict) -> dict:
@@ -1307,15 +1259,8 @@ def load_teachers(args: Args) -> list[Agent]:
         if (theirs.observe, theirs.actions, theirs.speeds) != ("state", args.actions, args.speeds):
             flags = f"--observe state --actions {args.actions}"
             raise UsageError(f"{path} teaches no such actions: learn it with {flags}")
-        teachers.append(make_agent(theirs, checkpoint))
+        teachers.append(make_agent(theirs, checkpoint).requires_grad_(False))
     return teachers
-
-
-@torch.no_grad()
-def ask_teachers(teachers: list[Agent], state: Tensor, first: int) -> Tensor:
-    """What teachers, of which the games have one each in turn, do in states (T, N, S): logits (T, N, ...)."""
-    advice = [teachers[(first + i) % len(teachers)](state[:, i])[0] for i in range(state.shape[1])]
-    return torch.stack(advice, 1)
 
 
 def train(args: Args, folder: Path) -> Agent:
@@ -1338,7 +1283,7 @@ def train(args: Args, folder: Path) -> Agent:
     writer: Any = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     if writer:
         writer.add_text("settings", "\n".join(f"    {key}: {vars(args)[key]}" for key in vars(args)))
-    games: dict[str, Any] = {"envs": None, "shown": None}
+    games: dict[str, Any] = {}
     last = snapshot(args, agent, optimizer, run)  # the last whole iteration
     saved_at = time.time()
     if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
@@ -1347,7 +1292,7 @@ def train(args: Args, folder: Path) -> Agent:
         steps = min(args.total_timesteps, TEACHER_STEPS)
         theirs = dataclasses.replace(args, observe="state", init_from=None, total_timesteps=steps)
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
-        teachers = [train(theirs, folder / "teacher")]
+        teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
     bar.set_description("teacher" if args.observe == "state" else None)
     try:
@@ -1365,7 +1310,10 @@ def train(args: Args, folder: Path) -> Agent:
 
             # Ask the teacher what it would do in every state that the student came to
             if agent.teaching:
-                data["teacher_logits"] = ask_teachers(teachers, data["state"], rank * args.num_envs)
+                first = rank * args.num_envs
+                turns = [teachers[i % len(teachers)] for i in range(first, first + args.num_envs)]
+                advice = [teacher(data["state"][:, i])[0] for i, teacher in enumerate(turns)]
+                data["teacher_logits"] = torch.stack(advice, 1)
 
             # Advantages: what an action brought beyond what the critic expected
             data["advantages"] = compute_gae(data, args.gamma, args.gae_lambda)
@@ -1385,6 +1333,7 @@ def train(args: Args, folder: Path) -> Agent:
                 summary = summarize(run["recent"])
                 metrics.update({f"charts/{key}": x for key, x in summary.items() if isinstance(x, float)})
                 metrics["charts/finished"] = summary["finished"] / summary["races"]
+                bar.set_postfix(lap=f"{summary['progress']:.0%}", finished=f"{metrics['charts/finished']:.0%}")
             cap = run["lesson"]["cap"]
             last_one = run["iteration"] == num_iterations
             due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
@@ -1396,7 +1345,7 @@ def train(args: Args, folder: Path) -> Agent:
                 verdict = torch.tensor(float(passed))  # the first rank's, once it is shared
                 average_over_ranks([verdict])
                 run["lesson"] = next_lesson(run["lesson"], bool(verdict), agent)
-                games["shown"] = None  # an episode is driven below one cap
+                games.pop("obs", None)  # an episode is driven below one cap
 
             # Save: scalars of every iteration, and now and then what a run goes on from
             metrics["charts/teaching"] = agent.teaching
@@ -1411,13 +1360,10 @@ def train(args: Args, folder: Path) -> Agent:
             if writer and (fresh or time.time() - saved_at > SAVE_SECONDS):
                 save(last, folder / "last.pt")
                 saved_at = time.time()
-            if run["recent"]:
-                shown = (metrics["charts/progress"], metrics["charts/finished"])
-                bar.set_postfix(lap=f"{shown[0]:.0%}", finished=f"{shown[1]:.0%}")
             bar.update(batch_size)
     finally:  # however it ends: nothing is lost, and no process stays
         bar.close()
-        end_games(games["envs"])
+        end_games(games.get("envs"))
         if writer:
             writer.close()
             save(last, folder / "last.pt")
@@ -1438,7 +1384,6 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
     """A run's folder while no other process may write it; says then how to go on. Raises UsageError."""
     quoted = shlex.quote(str(folder))
     lock = filelock.FileLock(folder / ".lock", timeout=0)
-    made = [path for path in (folder, folder.parent) if not path.exists()]
     if int(os.environ.get("RANK", 0)) > 0:
         yield folder
         return
@@ -1459,17 +1404,15 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
             print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
-        for path in made:  # where nothing came of it they are empty
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):  # nothing came of it
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def start() -> None:
-    """Reads the command line, then races a checkpoint or learns. Raises UsageError, RunError."""
+    """Reads the command line, then races a checkpoint or learns. Raises UsageError."""
     args = tyro.cli(Args, description=__doc__)
-    if args.resume and args.resume.is_file():
-        args.resume = args.resume.parent
-    folder = args.resume
+    folder = args.resume.parent if args.resume and args.resume.is_file() else args.resume
     now = time.strftime("%Y%m%d-%H%M%S")
     path = args.evaluate or (folder and folder / "last.pt")
     if path:  # its settings hold but for those typed
@@ -1499,9 +1442,9 @@ def main() -> None:
     torch.set_num_threads(usable_cores())
     try:
         start()
-    except (UsageError, RunError) as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

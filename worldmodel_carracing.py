@@ -606,7 +606,6 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
     """A run's folder while no other process may write it; says then how to go on. Raises UsageError."""
     quoted = shlex.quote(str(folder))
     lock = filelock.FileLock(folder / ".lock", timeout=0)
-    made = [path for path in (folder, folder.parent) if not path.exists()]
     if int(os.environ.get("RANK", 0)) > 0:
         yield folder
         return
@@ -627,9 +626,9 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
             print(f"saved: type --resume {quoted} to go on, --evaluate {quoted}/last.pt to race it")
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
-        for path in made:  # where nothing came of it they are empty
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):  # nothing came of it
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 class Journal:

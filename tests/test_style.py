@@ -8,20 +8,20 @@ import pytest
 from conftest import ROOT
 
 TWINS = """
-    UsageError RunError orthogonal StateAgent evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks
+    UsageError orthogonal StateAgent evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks
     govern drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
-    private_home TrackGeometry TuxKartEnv make_envs end_games reset_games rollout race race_all summarize show_races
-    film_race evaluate save load_checkpoint next_lesson exam snapshot load_teachers ask_teachers usable_cores
+    TrackGeometry TuxKartEnv make_envs end_games reset_games rollout race race_all summarize show_races
+    film_race evaluate save load_checkpoint next_lesson exam snapshot load_teachers usable_cores
     hold_folder main
 """
 LSTM = """
-    UsageError RunError orthogonal evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks govern
+    UsageError orthogonal evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks govern
     drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
-    private_home TrackGeometry TuxKartEnv make_env make_envs end_games race race_all summarize show_races film_race
-    evaluate make_agent save load_checkpoint next_lesson exam collect snapshot load_teachers ask_teachers usable_cores
+    TrackGeometry TuxKartEnv make_env make_envs end_games race race_all summarize show_races film_race
+    evaluate make_agent save load_checkpoint next_lesson exam collect snapshot load_teachers usable_cores
     hold_folder start main
 """
-ALL_THREE = "UsageError RunError save usable_cores hold_folder"
+ALL_THREE = "UsageError save usable_cores hold_folder"
 
 
 def definitions(script):
