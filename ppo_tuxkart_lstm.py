@@ -319,7 +319,7 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor
     advantages = advantages / (advantages.std() + 1e-8)
     policy_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
     value_loss = 0.5 * ((values - batch["returns"]) ** 2).mean()
-    loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss
+    loss = policy_loss - args.ent_coef * entropy.mean()
     scalars = {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
@@ -330,8 +330,9 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor
     }
     if agent.teaching:
         divergence = teacher_kl(batch["teacher_logits"], logits, agent.nvec).mean()
-        loss = loss + agent.teaching * divergence
+        loss = (1 - agent.teaching) * loss + agent.teaching * divergence
         scalars["losses/teacher_kl"] = divergence
+    loss = loss + args.vf_coef * value_loss
     return loss, {name: scalar.detach() for name, scalar in scalars.items()}
 
 
@@ -637,9 +638,7 @@ class TuxKartEnv(gym.Env):
         """Loads the track; everything in the game is new after it, the camera too."""
         if TuxKartEnv.playing:  # the engine allows one race at a time
             TuxKartEnv.playing.close()
-        with contextlib.suppress(
-            ValueError
-        ):  # pystk2 keeps cameras that never drew, and would move them with dead karts
+        with contextlib.suppress(ValueError):  # pystk2 keeps cameras that drew nothing, with their dead karts
             cameras = (ctypes.c_void_p * 3).in_dll(ctypes.CDLL(self.stk.__file__), "_ZN6Camera13m_all_camerasE")
             cameras[1] = cameras[0]  # a C++ vector that ends where it begins
         config = self.stk.RaceConfig(track=self.track, num_kart=self.game.num_karts)

@@ -1054,10 +1054,9 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
 def start() -> None:
     """Reads the command line, then drives or dreams with a checkpoint, or learns. Raises UsageError, RunError."""
     args = tyro.cli(Args, description=__doc__)
-    if args.resume and args.resume.is_file():
-        args.resume = args.resume.parent
     shown, now = args.evaluate or args.dream, time.strftime("%Y%m%d-%H%M%S")
-    folder = None if shown else args.resume
+    resumed = args.resume.parent if args.resume and args.resume.is_file() else args.resume
+    folder = None if shown else resumed
     path = shown or (folder and folder / "last.pt")
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:

@@ -209,7 +209,7 @@ def test_the_seeds_rewards_at_every_threshold():
 
 
 SPEEDS = (8.0, 16.0, 24.0)
-SIZES = {"drive": 60, "ec418": 16, "deepracer": 21}
+SIZES = {"skid": 60, "drive": 60, "ec418": 16, "deepracer": 21}
 
 
 @pytest.mark.parametrize("name", ACTIONS)

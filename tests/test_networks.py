@@ -209,7 +209,7 @@ def test_tuxkart_pays_for_what_begins():
 
 def test_action_sets_have_the_sizes_of_their_sources():
     sizes = {name: sum(choices(3)) for name, (choices, _) in ACTIONS.items()}
-    assert sizes == {"drive": 12, "ec418": 16, "deepracer": 21, "tuxkart": 13, "tuxkart_rescue": 15}
+    assert sizes == {"skid": 12, "drive": 12, "ec418": 16, "deepracer": 21, "tuxkart": 13, "tuxkart_rescue": 15}
     controls = ACTIONS["tuxkart_rescue"][1]([1, 0, 2, 1, 0, 1, 1], 5.0, ())
     assert controls == {
         "acceleration": 1.0, "brake": False, "steer": 1.0, "fire": True, "drift": False, "nitro": True,
