@@ -9,7 +9,8 @@
 #   tests/bare_debian.sh --reuse-wheels   with the engine's wheel from this user's cache, or built and put there
 #   tests/bare_debian.sh --engine pystk2  with wheels alone: nothing is built
 #   tests/bare_debian.sh --install-only   without the tests
-#   SUITE=trixie tests/bare_debian.sh     another release than bookworm, of Ubuntu too; MIRROR=http://... of a mirror
+#   SUITE=trixie tests/bare_debian.sh     another release than bookworm; MIRROR=http://... names another mirror
+#   SUITE=noble MIRROR=http://... tests/bare_debian.sh     Ubuntu, which needs the name of a mirror
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

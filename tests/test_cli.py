@@ -159,6 +159,9 @@ def test_install_without_a_home():
     environment = {"PATH": os.environ["PATH"]}
     stopped = subprocess.run([ROOT / "install.sh"], env=environment, capture_output=True, text=True, timeout=60)
     assert stopped.returncode == 1 and stopped.stderr == "HOME is not set: type `HOME=/a/folder ./install.sh`.\n"
+    environment["HOME"] = "/dev/null"  # in which nobody, not even root, can make a folder
+    stopped = subprocess.run([ROOT / "install.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    assert stopped.returncode == 1 and stopped.stderr.count("\n") == 1 and "cannot be written" in stopped.stderr
 
 
 FLAGS = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ppo_tuxkart.Args)] + ["--x"]
