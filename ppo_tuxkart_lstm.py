@@ -103,7 +103,7 @@ class Args(Game):
     """PPO that drives SuperTuxKart from pixels. `--track scotland` is all it needs."""
 
     track: tuple[str, ...] = ("scotland",)  # track(s) to learn; the games take them in turn
-    total_timesteps: int = 500_000  # decisions to learn from, all games together
+    total_timesteps: int = 400_000  # decisions to learn from, all games together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
@@ -345,7 +345,7 @@ def ppo_update(agent: Agent, optimizer: Any, batch: dict[str, Tensor], args: Arg
     """
     size = batch["returns"].shape[1]
     history: list[dict[str, Tensor]] = []
-    for _ in range(args.epochs):
+    for _ in range(args.epochs + round(TAUGHT_EPOCHS * agent.teaching)):
         shuffled = torch.randperm(size).to(batch["returns"].device)
         for rows in shuffled.split(size // args.num_minibatches):
             minibatch = {name: batch[name][:, rows].flatten(0, 1) for name in batch}
@@ -1143,7 +1143,8 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-TEACHER_STEPS = 400_000  # decisions that a teacher learns from
+TEACHER_STEPS = 800_000  # decisions that a teacher learns from
+TAUGHT_EPOCHS = 5  # more passes while the teacher's weight is one: imitation bears them
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
@@ -1288,9 +1289,10 @@ def train(args: Args, folder: Path) -> Agent:
     if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
         if writer and not checkpoint:
             save(last, folder / "last.pt")
-        steps = min(args.total_timesteps, TEACHER_STEPS)
+        steps = min(2 * args.total_timesteps, TEACHER_STEPS)
         theirs = dataclasses.replace(args, observe="state", init_from=None, total_timesteps=steps)
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
+        theirs.learning_rate = 2 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
     bar.set_description("teacher" if args.observe == "state" else None)
@@ -1310,8 +1312,7 @@ def train(args: Args, folder: Path) -> Agent:
             # Ask the teacher what it would do in every state that the student came to
             if agent.teaching:
                 first = rank * args.num_envs
-                turns = [teachers[i % len(teachers)] for i in range(first, first + args.num_envs)]
-                advice = [teacher(data["state"][:, i])[0] for i, teacher in enumerate(turns)]
+                advice = [teachers[(first + i) % len(teachers)](data["state"][:, i])[0] for i in range(args.num_envs)]
                 data["teacher_logits"] = torch.stack(advice, 1)
 
             # Advantages: what an action brought beyond what the critic expected

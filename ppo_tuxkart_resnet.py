@@ -113,7 +113,7 @@ class Args(Game):
     summary: bool = False  # print the network's layers and stop
     moving_finish: bool = False  # end episodes at a line that moves on as they reach it
     track: tuple[str, ...] = ("scotland",)  # track(s) to learn; the games take them in turn
-    total_timesteps: int = 500_000  # decisions to learn from, all games together
+    total_timesteps: int = 400_000  # decisions to learn from, all games together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
@@ -489,7 +489,7 @@ def ppo_update(agent: Agent, optimizer: Any, scaler: Any, batch: dict, args: Arg
     """
     size = len(batch["returns"])
     history: list[dict[str, Tensor]] = []
-    for _ in range(args.epochs):
+    for _ in range(args.epochs + round(TAUGHT_EPOCHS * agent.teaching)):
         shuffled = torch.randperm(size).to(batch["returns"].device)
         for rows in shuffled.split(size // args.num_minibatches):
             minibatch = {name: batch[name][rows] for name in batch}
@@ -1404,7 +1404,8 @@ def summarize_network(args: Args) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-TEACHER_STEPS = 400_000  # decisions that a teacher learns from
+TEACHER_STEPS = 800_000  # decisions that a teacher learns from
+TAUGHT_EPOCHS = 5  # more passes while the teacher's weight is one: imitation bears them
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
@@ -1565,9 +1566,10 @@ def train(args: Args, folder: Path) -> Agent:
     if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
         if writer and not checkpoint:
             save(last, folder / "last.pt")
-        steps = min(args.total_timesteps, TEACHER_STEPS)
+        steps = min(2 * args.total_timesteps, TEACHER_STEPS)
         theirs = dataclasses.replace(args, observe="state", init_from=None, total_timesteps=steps)
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
+        theirs.learning_rate = 2 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
     bar.set_description("teacher" if args.observe == "state" else None)
@@ -1587,8 +1589,7 @@ def train(args: Args, folder: Path) -> Agent:
             # Ask the teacher what it would do in every state that the student came to
             if agent.teaching:
                 first = rank * args.num_envs
-                turns = [teachers[i % len(teachers)] for i in range(first, first + args.num_envs)]
-                advice = [teacher(data["state"][:, i])[0] for i, teacher in enumerate(turns)]
+                advice = [teachers[(first + i) % len(teachers)](data["state"][:, i])[0] for i in range(args.num_envs)]
                 data["teacher_logits"] = torch.stack(advice, 1)
 
             # Advantages: what an action brought beyond what the critic expected
