@@ -13,7 +13,7 @@ the kart learns from its advice and by PPO (Chen et al. 2019, https://arxiv.org/
     python ppo_tuxkart.py --evaluate runs/<name>/best.pt   # race it against the game's own AI
     tensorboard --logdir runs                              # watch it
 
-On two cores without a GPU the teacher learns for 10 minutes. With --teacher none the kart finishes a
+On two cores without a GPU the teacher learns for 15 minutes. With --teacher none the kart finishes a
 race after 12 to 22 minutes, nearly all after an hour.
 """
 
@@ -621,7 +621,7 @@ class TuxKartEnv(gym.Env):
         """Loads the track; everything in the game is new after it, the camera too."""
         if TuxKartEnv.playing:  # the engine allows one race at a time
             TuxKartEnv.playing.close()
-        with contextlib.suppress(ValueError):  # pystk2 keeps cameras that drew nothing, with their dead karts
+        with contextlib.suppress(OSError, ValueError):  # pystk2 keeps cameras that drew nothing, with their dead karts
             cameras = (ctypes.c_void_p * 3).in_dll(ctypes.CDLL(self.stk.__file__), "_ZN6Camera13m_all_camerasE")
             cameras[1] = cameras[0]  # a C++ vector that ends where it begins
         config = self.stk.RaceConfig(track=self.track, num_kart=self.game.num_karts)
@@ -1351,7 +1351,7 @@ def usable_cores() -> int:
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
         cores = min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+        return min(cores, math.ceil(int(quota) / int(period)))
     return cores
 
 

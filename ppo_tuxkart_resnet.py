@@ -806,7 +806,7 @@ class TuxKartEnv(gym.Env):
         """Loads the track; everything in the game is new after it, the camera too."""
         if TuxKartEnv.playing:  # the engine allows one race at a time
             TuxKartEnv.playing.close()
-        with contextlib.suppress(ValueError):  # pystk2 keeps cameras that drew nothing, with their dead karts
+        with contextlib.suppress(OSError, ValueError):  # pystk2 keeps cameras that drew nothing, with their dead karts
             cameras = (ctypes.c_void_p * 3).in_dll(ctypes.CDLL(self.stk.__file__), "_ZN6Camera13m_all_camerasE")
             cameras[1] = cameras[0]  # a C++ vector that ends where it begins
         config = self.stk.RaceConfig(track=self.track, num_kart=self.game.num_karts)
@@ -1654,7 +1654,7 @@ def usable_cores() -> int:
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
         cores = min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+        return min(cores, math.ceil(int(quota) / int(period)))
     return cores
 
 

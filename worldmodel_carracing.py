@@ -88,7 +88,7 @@ def usable_cores() -> int:
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
         cores = min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+        return min(cores, math.ceil(int(quota) / int(period)))
     return cores
 
 
