@@ -1652,10 +1652,9 @@ def usable_cores() -> int:
     """Cores that this process may use: by its affinity, its container's quota and OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
-        cores = min(cores, int(os.environ.get("OMP_NUM_THREADS", cores)))
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, math.ceil(int(quota) / int(period)))
-    return cores
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
 
 
 @contextlib.contextmanager

@@ -328,7 +328,7 @@ def test_what_linux_alone_has_is_not_needed():
         env = TuxKartEnv(engine="pystk2")
         env.reset(seed=0)
         env.step(FORWARD)
-        assert list(env.home) == ["SUPERTUXKART_SAVEDIR"]
+        assert os.path.isdir(env.home)
         for main in (ppo_tuxkart.main, worldmodel_carracing.main):
             with mock.patch("sys.argv", ["script", "--no-such-flag"]), pytest.raises(SystemExit, match="2"):
                 main()
