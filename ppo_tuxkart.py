@@ -988,7 +988,7 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
     while len(races) < len(seeds):
         data, obs, episodes = rollout(envs, agent, obs, 20, greedy)
         pieces.append(data)
-        races = {info["game"]: info for info in episodes} | races  # the first episode of a game is its race
+        races = {info["game"]: info for info in reversed(episodes)} | races  # a game's first episode is its race
     for i, info in races.items():
         steps = len(info["trail"])
         info["seed"] = seeds[i]

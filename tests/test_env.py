@@ -131,6 +131,28 @@ def test_every_set_of_actions_has_a_state():
             assert env.observation_space.contains(env.step(env.action_space.sample())[0])
 
 
+@in_own_process
+def test_games_that_draw_nothing_begin_again(engine):
+    env = TuxKartEnv(engine=engine, observe="state")
+    for seed in range(3):
+        env.reset(seed=seed)
+        env.step(FORWARD)
+        env.reset()
+        assert env.observation_space.contains(env.step(FORWARD)[0])
+
+
+@in_own_process
+def test_a_drift_is_held_until_it_brings_a_boost():
+    for actions, decisions in {"skid": 8, "drive": 1}.items():  # 1.1 s of 0.15 s each
+        env = TuxKartEnv(observe="state", actions=actions, random_start=0.0)
+        env.reset(seed=0)
+        held = []
+        for drift in [1] + 9 * [0]:
+            env.step([STRAIGHT, GAS, drift, 0])
+            held.append(bool(env.held["drift"]))
+        assert held == decisions * [True] + (10 - decisions) * [False]
+
+
 def test_a_mirrored_kart_is_told_the_mirrored_state():
     here = state_at(bent_track(), [2.0, 0.0, 70.0], 0.2, (1.0, 0.0, 9.0), (((3, 0, 80),), ()), steer=0.5)
     there = state_at(bent_track(True), [-2.0, 0.0, 70.0], -0.2, (-1.0, 0.0, 9.0), (((-3, 0, 80),), ()), steer=-0.5)
