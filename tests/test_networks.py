@@ -234,7 +234,7 @@ def test_the_information_picture_has_four_bands():
 @in_own_process
 def test_a_drift_pays_when_it_earns_a_boost(engine):
     """Held; tapped; held for long with a short pause, where the game gives no second boost; with a long one."""
-    env = PictureEnv(engine=engine, random_start=0.0)
+    env = PictureEnv(engine=engine, random_start=0.0, actions="drive")
     deep.REWARDS["tuxkart"] = lambda moment: float("drift" in moment.events)
     env.weights = {"tuxkart": 1.0}
     patterns = ([1] * 20, [1, 0] * 10, [*[1] * 7, 0, *[1] * 7], [*[1] * 8, *[0] * 6, *[1] * 8])
