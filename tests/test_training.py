@@ -138,7 +138,7 @@ def test_a_mistake_in_a_reward_is_shown_whole_and_at_once(tmp_path):
 def trained(tmp_path_factory):
     """Some 10,000 decisions of learning: the working folder and the run's."""
     cwd = tmp_path_factory.mktemp("learning")
-    settings = """--teacher none --num-envs 8 --num-steps 64 --total-timesteps 10240 --random-start 0.2
+    settings = """--teacher none --actions drive --num-envs 8 --num-steps 64 --total-timesteps 10240 --random-start 0.2
         --eval-interval 20 --eval-episodes 2 --seed 2 --name trained"""
     finished = run(*settings.split(), cwd=cwd, patch="script.LAP_SECONDS = 60.0")
     assert finished.returncode == 0, finished.stderr
