@@ -6,7 +6,13 @@ import pytest
 from conftest import INSTALLED, ROOT, run, slow
 
 RESULTS = ROOT / "bench" / "results"
-TRACKS = {"scotland": "scotland", "lighthouse": "lighthouse", "zengarden": "zengarden", "many": "scotland"}
+TRACKS = {
+    "scotland": "scotland",
+    "scotland-pystk2": "scotland",
+    "lighthouse": "lighthouse",
+    "zengarden": "zengarden",
+    "many": "scotland",
+}
 NO_FILMS = "script.film_race = script.show_races = lambda *_: None"
 
 
