@@ -160,6 +160,8 @@ BOUNDS: dict[str, tuple[float, float]] = {  # least and most
 
 # --- The network and PPO --------------------------------------------------------------------------
 
+TAUGHT_EPOCHS = 5  # passes more while the teacher's weight is one
+
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
     nn.init.orthogonal_(layer.get_parameter("weight"), gain)
@@ -179,7 +181,7 @@ class Agent(nn.Module):
     """
 
     epsilon = 0.0  # share of uniformly random actions
-    teaching = 0.0  # weight of the divergence from the teacher
+    teaching = 0.0  # weight of the divergence from the teacher; PPO's objective has the rest
 
     def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
         super().__init__()
@@ -484,7 +486,7 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
         root = Path(importlib.import_module("pystk_data").data_dir)
     else:  # which fetches them at its first start, where install.sh has not laid them out
         root = Path(platformdirs.user_cache_dir(ENGINES["pystk2"], "bpiwowar"), "1.5")
-        root.parent.mkdir(parents=True, exist_ok=True)
+        root.parent.mkdir(parents=True, exist_ok=True)  # or it says here that it cannot
     assets = min((file.name[13:] for file in root.glob("data/supertuxkart.[0-9]*")), default="")
     tracks = {file.parent.name for file in root.glob("data/tracks/*/quads.xml")}
     game = {"engine": found[0], "engine_version": installed[ENGINES[found[0]]], "assets": assets}
@@ -822,10 +824,10 @@ class TuxKartEnv(gym.Env):
             controls["brake"] = controls["brake"] or cap["brake"]
             controls["nitro"] = False
         told = {name: value for name, value in controls.items() if name != "pace"}
-        presses = [self.stk.Action(**told), None, None]  # the game goes on with an action by itself
-        pictures = 3 if self.film else 1
-        for pressed in presses[:pictures]:
-            self.advance(self.game.step_size / pictures, pressed)
+        pressed = self.stk.Action(**told)
+        parts = [pressed, None, None] if self.film else [pressed]  # None: the game goes on with it by itself
+        for part in parts:
+            self.advance(self.game.step_size / len(parts), part)
             if self.film:
                 self.film.append_data(self.render())
         self.held = {"drift": False, "nitro": False, **controls}
@@ -1144,7 +1146,6 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
 # --- Learning -------------------------------------------------------------------------------------
 
 TEACHER_STEPS = 800_000  # decisions that a teacher learns from
-TAUGHT_EPOCHS = 5  # more passes while the teacher's weight is one: imitation bears them
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
@@ -1257,8 +1258,7 @@ def load_teachers(args: Args) -> list[Agent]:
         checkpoint = load_checkpoint(Path(path))
         theirs = checkpoint["args"]
         if (theirs.observe, theirs.actions, theirs.speeds) != ("state", args.actions, args.speeds):
-            flags = f"--observe state --actions {args.actions}"
-            raise UsageError(f"{path} teaches no such actions: learn it with {flags}")
+            raise UsageError(f"{path} teaches no such actions: learn it with --observe state --actions {args.actions}")
         teachers.append(make_agent(theirs, checkpoint).requires_grad_(False))
     return teachers
 

@@ -86,20 +86,23 @@ def draw_learning(results: Path, picture: Path) -> None:
 def draw_teacher(results: Path, picture: Path) -> None:
     """Greedy races against minutes: a teacher and its student on pystk2, and three seeds of plain PPO on pystk."""
     figure, (finished, laps) = panels(2, 9)
-    ai = {"pystk": 48.02, "pystk2": 47.05}
-    runs = [("teacher-skid-long", "pystk2", "teacher", "C1o-"), ("student-skid", "pystk2", "its student", "C0o-")]
-    runs += [(f"scotland-seed{seed}", "pystk", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]
+    ai = {}
+    for weights in ("scotland", "scotland-pystk2"):
+        ai[weights] = json.loads((results / f"pretrained-{weights}.evaluation.json").read_text())["ai_median"]
+    runs = [("teacher-skid-long", "scotland-pystk2", "teacher", "C1o-")]
+    runs.append(("student-skid", "scotland-pystk2", "its student", "C0o-"))
+    runs += [(f"scotland-seed{seed}", "scotland", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]
     begun = {"student-skid": read_rows(results / "teacher-skid-long.jsonl")[-1]["charts/elapsed_minutes"]}
-    for name, engine, label, look in runs:
+    for name, weights, label, look in runs:
         rows = [row for row in read_rows(results / f"{name}.jsonl") if "eval/finished" in row]
         minutes = [row.get("charts/elapsed_minutes", row.get("charts/elapsed_seconds", 0) / 60) for row in rows]
         minutes = np.array(minutes) + begun.get(name, 0)
         median = [row.get("eval/median", row.get("eval/median_lap")) or np.nan for row in rows]
         finished.plot(minutes, [row["eval/finished"] for row in rows], look, label=label or None)
-        laps.plot(minutes, np.array(median) / ai[engine], look, label=label or None)
+        laps.plot(minutes, np.array(median) / ai[weights], look, label=label or None)
     laps.axhline(1, color="gray", linestyle="--", label="the game's AI")
     finished.set(xlabel="minutes", ylabel="greedy races finished, of 20", ylim=(0, 20.5))
-    laps.set(xlabel="minutes", ylabel="median lap, the AI's = 1", ylim=(0.95, 1.35))
+    laps.set(xlabel="minutes", ylabel="median lap, the AI's = 1", ylim=(0.93, 1.35))
     laps.legend(fontsize=7, frameon=False)
     figure.savefig(picture, dpi=110)
 

@@ -81,15 +81,15 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "script, arguments", [(ppo_tuxkart, words) for words in MISTAKES] + [(wm, words) for words in CAR]
-)
-def test_mistakes_are_one_sentence(script, arguments, files, monkeypatch, capfd):
+TYPED = [(ppo_tuxkart, *pair) for pair in MISTAKES.items()] + [(wm, *pair) for pair in CAR.items()]
+
+
+@pytest.mark.parametrize("script, arguments, sentence", TYPED)
+def test_mistakes_are_one_sentence(script, arguments, sentence, files, monkeypatch, capfd):
     monkeypatch.chdir(files)
     before = sorted(files.rglob("*"))
-    script = ppo_tuxkart if arguments in MISTAKES else wm
     code, said = call_main(script, arguments.split(), monkeypatch, capfd)
-    assert code == 2 and (MISTAKES | CAR)[arguments] in said, said
+    assert code == 2 and sentence in said, said
     assert not multiprocessing.active_children() and sorted(files.rglob("*")) == before
 
 

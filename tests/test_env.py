@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -350,7 +351,7 @@ def test_what_linux_alone_has_is_not_needed():
         env = TuxKartEnv(engine="pystk2")
         env.reset(seed=0)
         env.step(FORWARD)
-        assert os.path.isdir(env.home)
+        assert env.home == os.path.join(tempfile.gettempdir(), "tuxkart-0") and os.path.isdir(env.home)
         for main in (ppo_tuxkart.main, worldmodel_carracing.main):
             with mock.patch("sys.argv", ["script", "--no-such-flag"]), pytest.raises(SystemExit, match="2"):
                 main()

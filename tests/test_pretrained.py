@@ -6,13 +6,8 @@ import pytest
 from conftest import INSTALLED, ROOT, run, slow
 
 RESULTS = ROOT / "bench" / "results"
-TRACKS = {
-    "scotland": "scotland",
-    "scotland-pystk2": "scotland",
-    "lighthouse": "lighthouse",
-    "zengarden": "zengarden",
-    "many": "scotland",
-}
+TRACKS = {name: name for name in ("scotland", "lighthouse", "zengarden")} | {"many": "scotland"}
+TRACKS["scotland-pystk2"] = "scotland"
 NO_FILMS = "script.film_race = script.show_races = lambda *_: None"
 
 

@@ -1,6 +1,7 @@
 """Sizes, style, and what stands in several scripts letter for letter."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -12,23 +13,25 @@ TWINS = """
     govern drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
     TrackGeometry TuxKartEnv make_envs end_games reset_games rollout race race_all summarize show_races
     film_race evaluate save load_checkpoint next_lesson exam snapshot load_teachers usable_cores
-    hold_folder main
+    hold_folder main ENGINES LAP_SECONDS DRIFT_SECONDS OFF_TRACK_METRES AHEAD ITEMS WRITES LOST_GAME SILENCE
+    PATIENCE TEACHER_STEPS TAUGHT_EPOCHS TEACHING FRESH_GAMES SAVE_SECONDS
 """
 LSTM = """
     UsageError orthogonal evaluate_actions choose_actions compute_gae teacher_kl average_over_ranks govern
     drive_actions ec418_actions deepracer_actions Moment progress_reward centerline_reward parse_reward find_game
     TrackGeometry TuxKartEnv make_env make_envs end_games race race_all summarize show_races film_race
     evaluate make_agent save load_checkpoint next_lesson exam collect snapshot load_teachers usable_cores
-    hold_folder start main
+    hold_folder start main REWARDS ENGINES LAP_SECONDS DRIFT_SECONDS OFF_TRACK_METRES AHEAD ITEMS WRITES LOST_GAME
+    SILENCE PATIENCE TEACHER_STEPS TAUGHT_EPOCHS TEACHING FRESH_GAMES SAVE_SECONDS
 """
 ALL_THREE = "UsageError save usable_cores hold_folder"
 
 
 def definitions(script):
-    """Every top-level function and class of a script, as text."""
+    """Every top-level function, class and constant of a script, as text."""
     text = (ROOT / f"{script}.py").read_text()
-    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+    segments = [ast.get_source_segment(text, node) for node in ast.parse(text).body]
+    return {re.match(r"(?:class |def )?(\w*)", segment)[1]: segment for segment in segments}
 
 
 @pytest.mark.parametrize("names, scripts", [
