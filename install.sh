@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up Debian or Ubuntu for the scripts: system packages, the game's assets, .venv, both engines; then tries the game
+# Sets up Debian or Ubuntu for the scripts: system packages, the game's assets, .venv; then tries the game
 #
 #   ./install.sh                     as root, or as a user who may use sudo; a second run changes nothing
-#   ./install.sh --engine pystk2     without the original engine, whose build takes minutes
+#   ./install.sh --engine pystk      builds the original engine too, which takes minutes
 #   PYTHON=python3.12 ./install.sh   with that Python (3.11 to 3.14)
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -18,14 +18,14 @@ say() { echo "install.sh: $*"; }
 die() { say "$*" >&2; exit 1; }
 quietly() { "$@" >>"$log" 2>&1; }
 
-engines=(pystk pystk2)
+engines=(pystk2)
 case "$*" in
-    "" | "--engine auto" | "--engine pystk") ;;
-    "--engine pystk2") engines=(pystk2) ;;
+    "" | "--engine auto" | "--engine pystk2") ;;
+    "--engine pystk") engines=(pystk2 pystk) ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
-    *) die "There is no option \`$*\`: type \`./install.sh\` or \`./install.sh --engine pystk2\`." ;;
+    *) die "There is no option \`$*\`: type \`./install.sh\` or \`./install.sh --engine pystk\`." ;;
 esac
-[ "${engines[0]}" = pystk2 ] || to_run+=(libegl-dev) # for the name libEGL.so, which the original engine opens
+[ "${engines[*]}" = pystk2 ] || to_run+=(libegl-dev) # for the name libEGL.so, which the original engine opens
 { mkdir -p "$cache/wheels" && : >"$log"; } 2>/dev/null ||
     die "$cache cannot be written: type \`HOME=/a/folder ./install.sh\`, with a folder that can."
 
@@ -108,15 +108,16 @@ build_pystk() (
         mv "$scratch"/wheel/*.whl "$cache/wheels"
 )
 
-if [[ ${engines[0]} = pystk && $(version PySuperTuxKart) != "$pystk" ]]; then
+if [[ ${engines[*]} = *" pystk" && $(version PySuperTuxKart) != "$pystk" ]]; then
     wheel=$cache/wheels/pysupertuxkart-$pystk-cp${has/./}-cp${has/./}-linux_$(uname -m).whl
     if [ -e "$wheel" ] || build_pystk; then
         # Without its dependency, which downloads the assets that apt has brought.
         pip_install --no-index --no-deps "$wheel" ||
-            die "The engine's wheel could not be installed: type \`rm -r $cache/wheels\`, then \`./install.sh\`."
+            die "The engine's wheel could not be installed: type \`rm -r $cache/wheels\`, then" \
+                "\`./install.sh --engine pystk\`."
     else
-        say "PySuperTuxKart could not be built (see $log), so PySuperTuxKart2 will run the game: it is slower, and" \
-            "\`./install.sh\` tries the build again."
+        say "PySuperTuxKart could not be built (see $log), so PySuperTuxKart2 alone runs the game:" \
+            "\`./install.sh --engine pystk\` tries it again."
         engines=(pystk2)
     fi
 fi
@@ -125,16 +126,14 @@ fi
 
 debian=/usr/share/games/supertuxkart/data
 
-link_assets() { # FOLDER MARKER [KART]: with that kart alone, since the original engine loads all that there are
+link_assets() { # FOLDER MARKER
     mkdir -p "$1/data/skins"
     for file in "$debian"/*; do
         case "${file##*/}" in
             skins) ln -sfn "$file"/* "$1/data/skins/" ;;
-            karts) [ -n "${3:-}" ] || ln -sfn "$file" "$1/data/" ;;
             *) ln -sfn "$file" "$1/data/" ;;
         esac
     done
-    [ -z "${3:-}" ] || { mkdir -p "$1/data/karts" && ln -sfn "$debian/karts/$3" "$1/data/karts/"; }
     [ -e "$1/data/skins/classic" ] || ln -s "$debian/skins/peach" "$1/data/skins/classic" # which pystk2 asks for
     touch "$1/data/$2" "$1/__downloaded__.txt"
 }
@@ -144,19 +143,13 @@ if [ ! -e "$pystk2_assets/__downloaded__.txt" ] || [ -L "$pystk2_assets/data/tra
     link_assets "$pystk2_assets" supertuxkart.1.5
 fi
 link_assets "$venv/share/supertuxkart" supertuxkart.git
-link_assets "$venv/share/supertuxkart-alone" supertuxkart.git tux
 cat >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pystk_data.py" <<'EOF'
-"""Where the original engine finds its data, as install.sh has laid it out: for a kart alone, or for all."""
+"""Where the original engine finds its data, as install.sh has laid it out."""
 
 import os
 import sys
 
-
-def __getattr__(name: str) -> str:
-    if name != "data_dir":
-        raise AttributeError(name)
-    folder = "supertuxkart-alone" if os.environ.get("TUXKART_ALONE") else "supertuxkart"
-    return os.path.join(sys.prefix, "share", folder)
+data_dir = os.path.join(sys.prefix, "share", "supertuxkart")
 EOF
 
 # --- Preflight: scotland with each engine, in a process of its own

@@ -65,7 +65,7 @@ class UsageError(ValueError):
 class Game:
     """How the game is played: the settings of `TuxKartEnv`, and the first of the flags."""
 
-    engine: Literal["auto", "pystk", "pystk2"] = "auto"  # auto prefers pystk, which is faster
+    engine: Literal["auto", "pystk", "pystk2"] = "auto"  # auto prefers pystk2, which pip brings
     observe: Literal["pixels", "state"] = "pixels"  # state: numbers, and nothing is drawn
     width: int = 64  # width of the picture, in pixels
     height: int = 64  # height of the picture, in pixels
@@ -448,7 +448,7 @@ def parse_reward(parts: Iterable[str]) -> dict[str, float]:
 
 # --- The game -------------------------------------------------------------------------------------
 
-ENGINES = {"pystk": "PySuperTuxKart", "pystk2": "PySuperTuxKart2"}  # PyPI's "pystk" is another
+ENGINES = {"pystk2": "PySuperTuxKart2", "pystk": "PySuperTuxKart"}  # PyPI's "pystk" is another
 LAP_SECONDS = 150.0  # time limit of a lap, in game time
 DRIFT_SECONDS = 1.1  # a drift of about a second ends with a boost, which random actions never find
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
@@ -464,7 +464,7 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     found = [m for m in ENGINES if ENGINES[m] in installed and engine in ("auto", m)]
     if not found:
-        raise UsageError(f"There is no engine {engine}: type ./install.sh, or pip install {ENGINES['pystk2']}")
+        raise UsageError(f"There is no engine {engine}: type ./install.sh --engine {engine}")
     if found[0] == "pystk":
         root = Path(importlib.import_module("pystk_data").data_dir)
     else:  # which fetches them at its first start, where install.sh has not laid them out
@@ -574,9 +574,8 @@ class TuxKartEnv(gym.Env):
     def start_engine(self) -> None:
         """Starts the game, once in a process."""
         game = self.game
-        alone = game.num_karts == 1
         self.drawn = game.driver == "agent" and game.observe != "state"
-        wanted = (self.versions["engine"], game.width, game.height, self.drawn, alone)
+        wanted = (self.versions["engine"], game.width, game.height, self.drawn)
         process, begun = TuxKartEnv.started or (os.getpid(), wanted)
         if process != os.getpid():
             raise RuntimeError("This process was forked from one that plays: fork before, or spawn it.")
@@ -586,7 +585,6 @@ class TuxKartEnv(gym.Env):
         hidden = "-GL_EXT_texture_filter_anisotropic -GL_ARB_texture_filter_anisotropic"
         os.environ.setdefault("MESA_EXTENSION_OVERRIDE", hidden)
         os.environ.setdefault("LP_NUM_THREADS", "0")
-        os.environ["TUXKART_ALONE"] = "1" if alone else ""  # read by the pystk_data of install.sh
         parent = multiprocessing.parent_process()
         if parent and not TuxKartEnv.started:  # one of many games, which ends with its parent
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
@@ -602,6 +600,8 @@ class TuxKartEnv(gym.Env):
             graphics = getattr(self.stk.GraphicsConfig, "ld" if self.drawn else "none")()
             graphics.screen_width = game.width
             graphics.screen_height = game.height
+            if hasattr(graphics, "display"):  # pystk2 would draw each picture twice, for a window too
+                graphics.display = False
             assets = platformdirs.user_cache_dir(ENGINES["pystk2"], "bpiwowar")  # which stay in the user's home
             with (
                 mock.patch.dict(os.environ, dict.fromkeys(WRITES, self.home)),
@@ -759,8 +759,7 @@ class TuxKartEnv(gym.Env):
             events=self.events,
         )
         rewards = {name: weight * REWARDS[name](moment) for name, weight in self.weights.items()}
-        for name, reward in rewards.items():
-            self.returns[name] += reward
+        self.returns = {name: self.returns[name] + reward for name, reward in rewards.items()}
         info: dict[str, Any] = {}
         if end:
             finished = end == "finished"
@@ -1100,8 +1099,6 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
         "checkpoint": args.evaluate,
         "iteration": checkpoint["iteration"],
         "seeds": seeds,
-        "ai_lap_times": ai["lap_times"],
-        "ai_median": ai["median"],
         "ratio": greedy["median"] / ai["median"] if greedy["median"] and ai["median"] else None,
         "faster_than_ai": sum(ours["lap_time"] < theirs["lap_time"] for ours, theirs in both),
     }
@@ -1161,6 +1158,8 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # whatever may be in a file
         raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
     settings.setdefault("teacher", ("none",))  # older scripts had none, and other settings
+    if settings.get("engine") == "auto":  # of an older script, which preferred this one
+        settings["engine"] = "pystk"
     return checkpoint | {"args": Args(**settings)}
 
 
@@ -1223,6 +1222,7 @@ def collect(args: Args, agent: Agent, run: dict, games: dict) -> tuple[dict, lis
 def snapshot(args: Args, agent: Agent, optimizer: Any, run: dict) -> dict:
     """A copy of all that a run goes on from."""
     settings = vars(args) | {"speed_cap": run["lesson"]["cap"], "resume": None, "init_from": None}
+    settings["engine"] = find_game(args.engine)[0]["engine"]
     state = {"args": settings, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     return copy.deepcopy(state | run)
 

@@ -131,9 +131,9 @@ def intervals(settings: Intervals) -> None:
         least, most = wilson(found["finished"], count)
         row: dict[str, Any] = {"finished": f"{found['finished']}/{count}", "from": least, "to": most}
         hits, races = hits + found["finished"], races + count
-        if found["lap_times"] and found["ai_lap_times"]:
-            ratios.append(float(np.median(found["lap_times"]) / np.median(found["ai_lap_times"])))
-            drawn.append(bootstrap(found["lap_times"], found["ai_lap_times"], rng))
+        if found["lap_times"] and found["ai"]["lap_times"]:
+            ratios.append(float(np.median(found["lap_times"]) / np.median(found["ai"]["lap_times"])))
+            drawn.append(bootstrap(found["lap_times"], found["ai"]["lap_times"], rng))
             low, high = np.quantile(drawn[-1], (0.025, 0.975)).tolist()
             row.update({"of the AI's median": ratios[-1], "from ": low, "to ": high})
         table[str(path)] = row

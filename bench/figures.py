@@ -66,9 +66,9 @@ def draw_learning(results: Path, picture: Path) -> None:
         steps, finished = curve(path, "eval/finished")
         rate.plot(steps, finished / run["eval_episodes"], "o", **look)
         laps.plot(*curve(path, "eval/median_lap"), "o-", **look)
-    steps, median = curve(results / "pretrained-scotland.jsonl", "eval/median_lap")
+    steps, median = curve(results / "pretrained-scotland-pystk.jsonl", "eval/median_lap")
     laps.plot(1 + steps, median, "o-", color="C2", mfc="white", label="its sequel")  # it goes on from seed 3
-    ai = json.loads((results / "pretrained-scotland.evaluation.json").read_text())["ai_median"]
+    ai = json.loads((results / "pretrained-scotland-pystk.evaluation.json").read_text())["ai"]["median"]
     laps.axhline(ai, color="gray", linestyle="--", label="the game's AI")
     for path in sorted(results.glob("explore-*.jsonl")):
         run = json.loads(path.with_suffix(".config.json").read_text())
@@ -88,7 +88,7 @@ def draw_teacher(results: Path, picture: Path) -> None:
     figure, (finished, laps) = panels(2, 9)
     ai = {}
     for weights in ("scotland", "scotland-pystk2"):
-        ai[weights] = json.loads((results / f"pretrained-{weights}.evaluation.json").read_text())["ai_median"]
+        ai[weights] = json.loads((results / f"pretrained-{weights}.evaluation.json").read_text())["ai"]["median"]
     runs = [("teacher-skid-long", "scotland-pystk2", "teacher", "C1o-")]
     runs.append(("student-skid", "scotland-pystk2", "its student", "C0o-"))
     runs += [(f"scotland-seed{seed}", "scotland", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]

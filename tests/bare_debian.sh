@@ -5,9 +5,9 @@
 # timed by the clock, and in seconds of a core (user + system), which other work on the machine hardly changes. By hand,
 # as root, with debootstrap and git; needs the network and about 6 GB of disk.
 #
-#   tests/bare_debian.sh                  everything, the build of the engine included
-#   tests/bare_debian.sh --reuse-wheels   with the engine's wheel from this user's cache, or built and put there
-#   tests/bare_debian.sh --engine pystk2  with wheels alone: nothing is built
+#   tests/bare_debian.sh                  everything
+#   tests/bare_debian.sh --engine pystk   with the build of the original engine
+#   tests/bare_debian.sh --reuse-wheels   with its wheel from this user's cache, or built and put there
 #   tests/bare_debian.sh --install-only   without the tests
 #   SUITE=trixie tests/bare_debian.sh     another release than bookworm; MIRROR=http://... names another mirror
 #   SUITE=noble MIRROR=http://... tests/bare_debian.sh     Ubuntu, which needs the name of a mirror
@@ -17,9 +17,9 @@ cd "$(dirname "$0")/.."
 wheels='' tests=yes engine=''
 for option; do
     case $option in
-        --reuse-wheels) wheels=${XDG_CACHE_HOME:-$HOME/.cache}/ppo_tuxkart/wheels ;;
+        --reuse-wheels) engine=' --engine pystk' wheels=${XDG_CACHE_HOME:-$HOME/.cache}/ppo_tuxkart/wheels ;;
         --engine) ;; # and its name comes next
-        pystk2) engine=' --engine pystk2' ;;
+        pystk) engine=' --engine pystk' ;;
         --install-only) tests='' ;;
         *) sed -n '3,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
