@@ -35,9 +35,6 @@ from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-if parent := multiprocessing.parent_process():  # a driving process ends with its parent
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads would spin on the games' cores
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
@@ -61,10 +58,6 @@ from tqdm import tqdm
 
 class UsageError(ValueError):
     """What was typed, or what the machine lacks: one sentence on what to type (exit code 2)."""
-
-
-class RunError(RuntimeError):
-    """What went wrong on the way, in one sentence (exit code 1)."""
 
 
 BOUNDS = {  # the least and the most that may be typed, and for what
@@ -543,10 +536,17 @@ def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> li
     return results
 
 
+def follow_parent() -> None:
+    """In a driving process: it ends with its parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def drive_share(share: tuple) -> list[dict]:
     """In a driving process: the results of its share of the jobs."""
     networks, jobs, make = share
-    torch.set_num_threads(1)
     return drive(environments(make), *pickle.loads(networks), jobs)
 
 
@@ -555,10 +555,10 @@ class Drivers:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
 
     def drive(self, agent: Agent, controllers: Tensor, jobs: list, make: Callable = FastCarRacing) -> list:
-        """The results of `drive` with the agent's V and M. Raises RunError."""
+        """The results of `drive` with the agent's V and M."""
         # Bytes travel whole; of a tensor only a file descriptor would, and those are few
         networks = pickle.dumps((copy.deepcopy(agent).cpu(), controllers.cpu()))
         shares = [(networks, jobs[i :: self.workers], make) for i in range(self.workers)]
@@ -569,8 +569,8 @@ class Drivers:
                     results[i :: self.workers] = answer
                 return results
             except BrokenProcessPool:  # one has died: all drive once more, to the same results
-                self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
-        raise RunError("A driving process died 3 times in a row: type fewer --workers.")
+                self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), follow_parent)
+        raise SystemExit("A driving process died 3 times in a row: type fewer --workers.")
 
 
 # --- Save and load --------------------------------------------------------------------------------
@@ -735,7 +735,7 @@ class Footage:
 
 def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None:
     """Fits V or M by Adam: `minibatch(step, generator)` returns losses, called `names`, and the
-    first is descended. Raises RunError where its gradient is not finite."""
+    first is descended."""
     args, stage = journal.args, journal.state["stage"]
     name, round_ = stage["name"].split("-")[0], stage["round"]
     network, lr = getattr(journal.agent, name), getattr(args, f"{name}_lr")
@@ -753,7 +753,7 @@ def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None
         losses[0].backward()
         length = nn.utils.clip_grad_norm_(parameters, longest)
         if not length.isfinite():
-            raise RunError(f"Loss {losses[0]:.4g} or gradient {length:.4g} is not finite.")
+            raise SystemExit(f"Loss {losses[0]:.4g} or gradient {length:.4g} is not finite.")
         optimizer.step()
         sums.append(losses.detach())
         if (step + 1) % min(every, total // 10 or 1) == 0 or step + 1 == total:
@@ -1014,7 +1014,7 @@ LEARN |= {"dream": search_in_dream, "real": search_on_tracks}
 
 
 def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
-    """Runs the stages that have left no result yet, round by round. Raises UsageError, RunError."""
+    """Runs the stages that have left no result yet, round by round. Raises UsageError."""
     torch.set_num_threads(usable_cores())
     torch.manual_seed(args.seed)
     best = folder / "best.pt"
@@ -1052,7 +1052,7 @@ def train(args: Args, checkpoint: dict | None, folder: Path) -> None:
 
 
 def start() -> None:
-    """Reads the command line, then drives or dreams with a checkpoint, or learns. Raises UsageError, RunError."""
+    """Reads the command line, then drives or dreams with a checkpoint, or learns. Raises UsageError."""
     args = tyro.cli(Args, description=__doc__)
     shown, now = args.evaluate or args.dream, time.strftime("%Y%m%d-%H%M%S")
     resumed = args.resume.parent if args.resume and args.resume.is_file() else args.resume
@@ -1078,7 +1078,7 @@ def main() -> None:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # a run then saves
     try:
         start()
-    except (UsageError, RunError, OSError) as error:  # such as a full disk
+    except (UsageError, OSError) as error:  # such as a full disk
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     finally:

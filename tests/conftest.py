@@ -124,8 +124,9 @@ class Started:
 
     def end(self, number=None, seconds=60):
         """Sends a signal, if any, and waits. Returns the exit code and what was printed."""
-        if number:
-            os.kill(self.process.pid, number)
+        if number:  # a terminal's Ctrl-C goes to the games as well
+            for pid in [*self.games() * (number == signal.SIGINT), self.process.pid]:
+                os.kill(pid, number)
         return self.process.wait(seconds), self.output()
 
     def games(self):

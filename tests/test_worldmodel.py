@@ -443,7 +443,7 @@ def test_killed_in_every_stage_and_resumed_is_never_killed(tmp_path):
 
 @slow
 @pytest.mark.parametrize("stage, number", [
-    ("vision", signal.SIGINT), ("real", signal.SIGTERM), ("real", signal.SIGHUP),
+    ("vision", signal.SIGINT), ("real", signal.SIGTERM), ("real", signal.SIGHUP), ("real", signal.SIGKILL),
 ])  # fmt: skip
 def test_a_run_that_is_stopped_says_how_to_go_on(stage, number, tmp_path):
     flags = ["--vision-steps", 100 if stage == "vision" else 5, "--generations", 900, "--rounds", 1, "--workers", 2]
@@ -454,8 +454,9 @@ def test_a_run_that_is_stopped_says_how_to_go_on(stage, number, tmp_path):
         workers = started.games()
         assert "belongs to a run that goes on" in run("--resume", folder, cwd=tmp_path, code=2)
         code, said = started.end(number)
-    assert code == 128 + number, said
-    assert "Traceback" not in said and "--resume runs/stopped" in said and workers and not alive(workers)
+    assert workers and not alive(workers)
+    told = code == 128 + number and "Traceback" not in said and "--resume runs/stopped" in said
+    assert told or number == signal.SIGKILL, said
     assert "There is a run" in run(*SMALL, "--name", "stopped", cwd=tmp_path, code=2)
 
 
@@ -550,7 +551,7 @@ def test_a_loss_that_is_no_number_is_named(folder, monkeypatch, capfd):
     torch.save(checkpoint, folder / "collect-1.pt")
     (folder / "vision-1.pt").unlink()
     code, said = call_main(wm, ["--resume", "runs/spoilt", "--stages", "vision"], monkeypatch, capfd)
-    assert code == 1 and "Loss nan" in said and "--resume runs/spoilt" in said and "Traceback" not in said
+    assert code.startswith("Loss nan") and "--resume runs/spoilt" in said  # Python prints it, and exits with 1
 
 
 def test_typed_settings_win(folder, monkeypatch, capfd):
