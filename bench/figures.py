@@ -84,15 +84,16 @@ def draw_learning(results: Path, picture: Path) -> None:
 
 
 def draw_teacher(results: Path, picture: Path) -> None:
-    """Greedy races against minutes: a teacher and its student on pystk2, and three seeds of plain PPO on pystk."""
+    """Greedy races against minutes: teachers and a student on pystk2, and three seeds of plain PPO on pystk."""
     figure, (finished, laps) = panels(2, 9)
     ai = {}
-    for weights in ("scotland", "scotland-pystk2"):
+    for weights in ("scotland", "scotland-pystk"):
         ai[weights] = json.loads((results / f"pretrained-{weights}.evaluation.json").read_text())["ai"]["median"]
-    runs = [("teacher-skid-long", "scotland-pystk2", "teacher", "C1o-")]
-    runs.append(("student-skid", "scotland-pystk2", "its student", "C0o-"))
-    runs += [(f"scotland-seed{seed}", "scotland", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]
-    begun = {"student-skid": read_rows(results / "teacher-skid-long.jsonl")[-1]["charts/elapsed_minutes"]}
+    runs = [("teacher-skid-long", "scotland", "teacher, seed 1", "C1o-")]
+    runs.append(("student-short", "scotland", "its student", "C0o-"))
+    runs.append(("teacher-seed2", "scotland", "teacher, seed 2", "C1^:"))
+    runs += [(f"scotland-seed{seed}", "scotland-pystk", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]
+    begun = {"student-short": read_rows(results / "teacher-skid-long.jsonl")[-1]["charts/elapsed_minutes"]}
     for name, weights, label, look in runs:
         rows = [row for row in read_rows(results / f"{name}.jsonl") if "eval/finished" in row]
         minutes = [row.get("charts/elapsed_minutes", row.get("charts/elapsed_seconds", 0) / 60) for row in rows]

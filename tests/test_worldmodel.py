@@ -416,6 +416,7 @@ def test_tensorboard_shows_everything(whole):
     assert (image.height, image.width) == (128, 512)
 
 
+@slow
 def test_killed_while_v_learns_and_resumed_is_never_killed(whole, tmp_path):
     flags = [*SMALL, "--rounds", 1, "--workers", 1, "--name", "killed", "--stages", "collect", "vision"]
     run(*flags, cwd=tmp_path, die="vision-1 6", code=-signal.SIGKILL)
