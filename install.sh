@@ -108,7 +108,7 @@ build_pystk() (
         mv "$scratch"/wheel/*.whl "$cache/wheels"
 )
 
-if [[ ${engines[*]} = *" pystk" && $(version PySuperTuxKart) != "$pystk" ]]; then
+if [[ ${engines[*]} != pystk2 && $(version PySuperTuxKart) != "$pystk" ]]; then
     wheel=$cache/wheels/pysupertuxkart-$pystk-cp${has/./}-cp${has/./}-linux_$(uname -m).whl
     if [ -e "$wheel" ] || build_pystk; then
         # Without its dependency, which downloads the assets that apt has brought.
@@ -142,8 +142,9 @@ pystk2_assets=${XDG_CACHE_HOME:-$HOME/.cache}/PySuperTuxKart2/1.5
 if [ ! -e "$pystk2_assets/__downloaded__.txt" ] || [ -L "$pystk2_assets/data/tracks" ]; then # else its own are there
     link_assets "$pystk2_assets" supertuxkart.1.5
 fi
-link_assets "$venv/share/supertuxkart" supertuxkart.git
-cat >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pystk_data.py" <<'EOF'
+if [ "${engines[*]}" != pystk2 ]; then
+    link_assets "$venv/share/supertuxkart" supertuxkart.git
+    cat >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pystk_data.py" <<'EOF'
 """Where the original engine finds its data, as install.sh has laid it out."""
 
 import os
@@ -151,6 +152,7 @@ import sys
 
 data_dir = os.path.join(sys.prefix, "share", "supertuxkart")
 EOF
+fi
 
 # --- Preflight: scotland with each engine, in a process of its own
 

@@ -464,7 +464,7 @@ def find_game(engine: str) -> tuple[dict[str, str], list[str]]:
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     found = [m for m in ENGINES if ENGINES[m] in installed and engine in ("auto", m)]
     if not found:
-        raise UsageError(f"There is no engine {engine}: type ./install.sh --engine {engine}")
+        raise UsageError(f"No engine {engine}: type ./install.sh --engine {engine}, or pip install PySuperTuxKart2")
     if found[0] == "pystk":
         root = Path(importlib.import_module("pystk_data").data_dir)
     else:  # which fetches them at its first start, where install.sh has not laid them out

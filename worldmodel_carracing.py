@@ -536,12 +536,11 @@ def drive(envs: list, agent: Agent, controllers: Tensor, jobs: list[dict]) -> li
     return results
 
 
-def follow_parent() -> None:
-    """In a driving process: it ends with its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def join_pool() -> None:
+    """Prepares a driving process: it has one thread, ends with its parent and ignores Ctrl-C."""
     torch.set_num_threads(1)
-    parent: Any = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def drive_share(share: tuple) -> list[dict]:
@@ -555,21 +554,22 @@ class Drivers:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
+        self.pool: Any = None
 
     def drive(self, agent: Agent, controllers: Tensor, jobs: list, make: Callable = FastCarRacing) -> list:
-        """The results of `drive` with the agent's V and M."""
+        """The results of `drive` with the agent's V and M. Raises SystemExit if processes die."""
         # Bytes travel whole; of a tensor only a file descriptor would, and those are few
         networks = pickle.dumps((copy.deepcopy(agent).cpu(), controllers.cpu()))
         shares = [(networks, jobs[i :: self.workers], make) for i in range(self.workers)]
         results = [{} for _ in jobs]
         for _ in range(3):
+            self.pool = self.pool or ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), join_pool)
             try:
                 for i, answer in enumerate(self.pool.map(drive_share, shares)):
                     results[i :: self.workers] = answer
                 return results
             except BrokenProcessPool:  # one has died: all drive once more, to the same results
-                self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), follow_parent)
+                self.pool = None
         raise SystemExit("A driving process died 3 times in a row: type fewer --workers.")
 
 
@@ -735,7 +735,7 @@ class Footage:
 
 def learn(journal: Journal, names: tuple[str, ...], minibatch: Callable) -> None:
     """Fits V or M by Adam: `minibatch(step, generator)` returns losses, called `names`, and the
-    first is descended."""
+    first is descended. Raises SystemExit where its gradient is not finite."""
     args, stage = journal.args, journal.state["stage"]
     name, round_ = stage["name"].split("-")[0], stage["round"]
     network, lr = getattr(journal.agent, name), getattr(args, f"{name}_lr")

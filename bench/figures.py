@@ -89,9 +89,11 @@ def draw_teacher(results: Path, picture: Path) -> None:
     ai = {}
     for weights in ("scotland", "scotland-pystk"):
         ai[weights] = json.loads((results / f"pretrained-{weights}.evaluation.json").read_text())["ai"]["median"]
-    runs = [("teacher-skid-long", "scotland", "teacher, seed 1", "C1o-")]
-    runs.append(("student-short", "scotland", "its student", "C0o-"))
-    runs.append(("teacher-seed2", "scotland", "teacher, seed 2", "C1^:"))
+    runs = [
+        ("teacher-skid-long", "scotland", "teacher, seed 1", "C1o-"),
+        ("student-short", "scotland", "its student", "C0o-"),
+        ("teacher-seed2", "scotland", "teacher, seed 2", "C1^:"),
+    ]
     runs += [(f"scotland-seed{seed}", "scotland-pystk", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]
     begun = {"student-short": read_rows(results / "teacher-skid-long.jsonl")[-1]["charts/elapsed_minutes"]}
     for name, weights, label, look in runs:

@@ -1,6 +1,6 @@
 """Other people's PPO on the same game: how fast they are, and what they learn.
 
-    python bench/peers.py --init-from pretrained/scotland-pystk.pt              # speed
+    python bench/peers.py --init-from pretrained/scotland.pt              # speed
     python bench/peers.py --peers ours sb3:tuned --iterations 77          # learning, 160 k decisions
 
 Every peer trains on `TuxKart-v0` with the same number of games, the hyperparameters of

@@ -1,6 +1,6 @@
 """What each reward and each set of actions teaches.
 
-    python bench/school.py --folder FOLDER --actions --init-from pretrained/scotland-pystk.pt
+    python bench/school.py --folder FOLDER --actions --init-from pretrained/scotland.pt
     python bench/school.py --folder FOLDER --rewards --decisions 160000
 
 Trains briefly with one of them at a time, all else as it is by default, from nothing or from a

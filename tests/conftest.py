@@ -124,9 +124,9 @@ class Started:
 
     def end(self, number=None, seconds=60):
         """Sends a signal, if any, and waits. Returns the exit code and what was printed."""
-        if number:  # a terminal's Ctrl-C goes to the games as well
-            for pid in [*self.games() * (number == signal.SIGINT), self.process.pid]:
-                os.kill(pid, number)
+        games = self.games() if number == signal.SIGINT else []  # where a terminal's Ctrl-C goes, too
+        for pid in [*games, self.process.pid] if number else []:
+            os.kill(pid, number)
         return self.process.wait(seconds), self.output()
 
     def games(self):

@@ -94,8 +94,7 @@ off_track_seconds ratio faster_than_ai step_size difficulty num_karts speed_cap"
 
 
 def test_a_short_race_of_weights_that_an_older_script_wrote(tmp_path):
-    weights = ROOT / "pretrained" / "scotland-pystk.pt"
-    raced = run("--evaluate", weights, "--engine", "auto", "--eval-episodes", 2, cwd=tmp_path, patch=SHORT)
+    raced = run("--evaluate", ROOT / "pretrained" / "scotland.pt", "--eval-episodes", 2, cwd=tmp_path, patch=SHORT)
     assert raced.returncode == 0 and "Traceback" not in raced.stderr, raced.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     files = {"evaluation.json", "map.png", "mosaic.mp4", "best_race.mp4"}
@@ -106,7 +105,7 @@ def test_a_short_race_of_weights_that_an_older_script_wrote(tmp_path):
     for name in ("greedy", "sampled", "ai"):
         assert name in raced.stdout
         assert result[name]["races"] == 2 and result[name]["ends"] == {"time limit": 2}
-        assert 0.02 < result[name]["progress"] < 0.3
+        assert 0.05 < result[name]["progress"] < 0.3
     film = imageio.v3.imread(folder / "best_race.mp4")
     assert film.shape[1:] == (480, 640, 3) and len(film) > 100 and film.std() > 20
     assert np.abs(film[-1].astype(int) - film[20]).mean() > 5  # something moves

@@ -434,7 +434,7 @@ def test_killed_in_every_stage_and_resumed_is_never_killed(tmp_path):
 
 @slow
 @pytest.mark.parametrize("stage, number", [
-    ("vision", signal.SIGINT), ("real", signal.SIGHUP), ("real", signal.SIGKILL),
+    ("vision", signal.SIGINT), ("real", signal.SIGTERM), ("real", signal.SIGHUP), ("real", signal.SIGKILL),
 ])  # fmt: skip
 def test_a_run_that_is_stopped_says_how_to_go_on(stage, number, tmp_path):
     flags = ["--vision-steps", 100 if stage == "vision" else 5, "--generations", 900, "--rounds", 1, "--workers", 2]
