@@ -1000,7 +1000,7 @@ def race(envs: Any, agent: Agent, seeds: Sequence[int], tracks: Any, greedy: boo
 
 def race_all(args: Args, agent: Agent, seeds: list[int], greedy: bool = True) -> list[dict]:
     """`race` for any number of seeds, in games of their own."""
-    count = min(len(seeds), 2 * torch.get_num_threads())
+    count = min(len(seeds), 2 * usable_cores())
     # the last wave is filled up with the first seeds
     waves = [(seeds * 2)[first : first + count] for first in range(0, len(seeds), count)]
     for _ in range(PATIENCE):
@@ -1079,7 +1079,6 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
     """Races a checkpoint on a track, greedily and sampled, beside the game's own AI; prints a table
     and writes evaluation.json, map.png, mosaic.mp4 and best_race.mp4."""
     agent = make_agent(args, checkpoint)
-    track = args.track[0]
     seeds = list(range(args.eval_seed, args.eval_seed + args.eval_episodes))
     races = {
         "greedy": race_all(args, agent, seeds),
@@ -1103,13 +1102,12 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
         "faster_than_ai": sum(ours["lap_time"] < theirs["lap_time"] for ours, theirs in both),
     }
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-    print(f"{track:20}{'finished':>10}{'median':>10}{'best':>10}{'off track':>10}")
+    print(f"{args.track[0]:20}{'finished':>10}{'median':>10}{'best':>10}{'off track':>10}")
     for name, summary in summaries.items():
         times = [summary[key] or math.nan for key in ("median", "best", "off_track_seconds")]
         finished = f"{summary['finished']}/{len(seeds)}"
         print(f"{name:20}{finished:>10}" + "".join(f"{seconds:8.2f} s" for seconds in times))
-    faster = result["faster_than_ai"]
-    print(f"{result['ratio'] or math.nan:.3f} of the AI's median; faster from {faster} starts")
+    print(f"{result['ratio'] or math.nan:.3f} of the AI's median; faster from {result['faster_than_ai']} starts")
     if (greedy["return_lap_correlation"] or 0) > 0:
         print("this reward pays more for slower laps: --reward progress does not")
     filming.join()
@@ -1129,6 +1127,8 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     env, *_ = [make_env(args, track) for track in args.track]  # each is checked
     network = StateAgent if args.observe == "state" else Agent
     agent = network(env.observation_space.shape, env.action_space.nvec)
+    if args.actions == "skid":  # a drift that is begun lasts: at first one decision in twenty begins one
+        [*agent.policy.parameters()][-1].data[5 + 3 + 1] = -3.0
     try:
         if checkpoint:  # weights are taken in order, since names have changed between versions
             weights = zip(agent.state_dict(), checkpoint["agent"].values(), strict=True)
@@ -1270,6 +1270,7 @@ def train(args: Args, folder: Path) -> Agent:
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
         theirs.learning_rate = 2 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
+    torch.set_num_threads(1 if args.observe == "state" else usable_cores())  # more slow a small network down
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
     bar.set_description("teacher" if args.observe == "state" else None)
     try:
@@ -1310,8 +1311,7 @@ def train(args: Args, folder: Path) -> Agent:
                 metrics["charts/finished"] = summary["finished"] / summary["races"]
                 bar.set_postfix(lap=f"{summary['progress']:.0%}", finished=f"{metrics['charts/finished']:.0%}")
             cap = run["lesson"]["cap"]
-            last_one = run["iteration"] == num_iterations
-            due = args.eval_interval and (last_one or run["iteration"] % args.eval_interval == 0)
+            due = args.eval_interval and (run["iteration"] % args.eval_interval == 0 or step == bar.total)
             passed, score = exam(args, agent, cap, writer, step) if due and writer else (False, [])
             if score > run["best"]:
                 run["best"] = score

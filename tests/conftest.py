@@ -80,11 +80,13 @@ def in_own_process(function):
 
 
 def command(script, *args, patch=""):
-    """The words that start a script. patch: Python that is run first, where `script` is its module."""
+    """The words that start a script. patch: Python that is run first, by its games' processes as well."""
+    path = ROOT / f"{script}.py"
     if patch:
-        code = f"import {script} as script\n{patch}\nscript.main()"
-        return [sys.executable, "-c", code, *map(str, args)]
-    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
+        code = f"import {script} as script\n{patch}\nif __name__ == '__main__':\n    script.main()"
+        path = Path(HOME.name, f"patched-{hash(code)}.py")
+        path.write_text(code)
+    return [sys.executable, str(path), *map(str, args)]
 
 
 def run(*args, cwd, script="ppo_tuxkart", patch="", **settings):

@@ -204,7 +204,7 @@ def test_weights_begin_another_run_on_several_tracks(trained):
 @slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_every_way_to_start_a_process(method, tmp_path):
-    patch = f"import multiprocessing\nmultiprocessing.set_start_method('{method}')"
+    patch = f"import multiprocessing\nmultiprocessing.set_start_method('{method}', force=True)"
     races = ("--eval-interval", 2, "--eval-episodes", 2)
     learnt = run(*SIZE, *races, "--total-timesteps", 64, "--name", method, cwd=tmp_path, patch=patch)
     assert learnt.returncode == 0, learnt.stderr
