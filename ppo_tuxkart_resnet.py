@@ -113,7 +113,7 @@ class Args(Game):
     summary: bool = False  # print the network's layers and stop
     moving_finish: bool = False  # end episodes at a line that moves on as they reach it
     track: tuple[str, ...] = ("scotland",)  # track(s) to learn; the games take them in turn
-    total_timesteps: int = 400_000  # decisions to learn from, all games together
+    total_timesteps: int = 262_144  # decisions to learn from, all games together
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
@@ -1401,7 +1401,7 @@ def summarize_network(args: Args) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-TEACHER_STEPS = 800_000  # decisions that a teacher learns from
+TEACHER_STEPS = 1.5  # decisions that a teacher learns from, for each of its student's
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
@@ -1566,8 +1566,8 @@ def train(args: Args, folder: Path) -> Agent:
     if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
         if writer and not checkpoint:
             save(last, folder / "last.pt")
-        steps = min(2 * args.total_timesteps, TEACHER_STEPS)
-        theirs = dataclasses.replace(args, observe="state", init_from=None, total_timesteps=steps)
+        theirs = dataclasses.replace(args, observe="state", init_from=None)
+        theirs.total_timesteps = int(TEACHER_STEPS * args.total_timesteps)
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
         theirs.learning_rate = 2 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
