@@ -152,6 +152,9 @@ def test_a_drift_is_held_until_it_brings_a_boost():
             env.step([STRAIGHT, GAS, drift, 0])
             held.append(bool(env.held["drift"]))
         assert held == decisions * [True] + (10 - decisions) * [False]
+        agent = ppo_tuxkart.make_agent(ppo_tuxkart.Args(observe="state", actions=actions), None)  # that knows nothing
+        drifts = agent(torch.tensor(env.state())[None])[0][0, 8:10].softmax(-1)[1]
+        assert drifts < 0.1 if actions == "skid" else drifts > 0.4
 
 
 def test_a_mirrored_kart_is_told_the_mirrored_state():
