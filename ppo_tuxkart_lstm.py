@@ -1292,7 +1292,7 @@ def train(args: Args, folder: Path) -> Agent:
         theirs = dataclasses.replace(args, observe="state", init_from=None)
         theirs.total_timesteps = int(TEACHER_STEPS * args.total_timesteps)
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
-        theirs.learning_rate = 2 * args.learning_rate
+        theirs.learning_rate = 4 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
     torch.set_num_threads(1 if args.observe == "state" else usable_cores())  # more slow a small network down
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
