@@ -2,6 +2,7 @@
 
     python bench/peers.py --init-from pretrained/scotland.pt              # speed
     python bench/peers.py --peers ours sb3:tuned --iterations 77          # learning, 160 k decisions
+    python bench/peers.py --peers sb3:tuned --iterations 731 --race-every 32 --minutes 80 --rounds 1
 
 Every peer trains on `TuxKart-v0` with the same number of games, the hyperparameters of
 `ppo_tuxkart.Args`, and the same network from the same weights. They take turns, each in a process
@@ -15,7 +16,9 @@ own. An iteration warms up; the others count.
              not counted here
 
 `:tuned` gives a peer what ppo_tuxkart.py does for itself: threads that do not spin, and freed memory
-that is kept. The table gives medians over the rounds: speed, CPU time of the learner's process and of
+that is kept. `--race-every` has 20 greedy races after so many iterations, as the script's own evaluations are; their
+time counts in `minutes`, and a turn ends after `--minutes`, its step size still falling to zero at `--iterations`. The
+table gives medians over the rounds: speed, CPU time of the learner's process and of
 all that it started, memory, and what the last 100 races from the start line did. The file holds every
 iteration.
 """
@@ -59,6 +62,8 @@ class Peers:
     engine: Literal["auto", "pystk", "pystk2"] = "auto"  # game bindings
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks learn
     init_from: Path | None = None  # weights to begin with; an untrained kart's episodes are short
+    race_every: int = 0  # iterations between 20 greedy races of ours or sb3; 0 for none
+    minutes: float = float("inf")  # after which a turn of sb3 ends
     seed: int = 1  # seed of the first round
     turn: Peer | None = None  # one turn of this peer, in this process
     out: Path | None = None  # JSON file to write
@@ -67,12 +72,15 @@ class Peers:
 class Turn:
     """Keeps a turn's figures. A peer calls it after every iteration, while its games are alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Peers, args: ppo_tuxkart.Args) -> None:
+        self.settings = settings
+        self.args = args
+        self.began = time.perf_counter()
         self.rows: list[dict] = []
         self.recent: deque[dict] = deque(maxlen=100)
 
-    def __call__(self, decisions: int, sampling: float, learning: float, episodes: list[dict]) -> None:
-        """decisions, seconds of sampling and of learning, last infos of episodes that ended."""
+    def __call__(self, decisions: int, sampling: float, learning: float, episodes: list[dict], agent: Any) -> None:
+        """decisions, seconds of sampling and of learning, last infos of episodes that ended, who learns."""
         self.recent.extend(episode for episode in episodes if episode["from_line"])
         row: dict[str, Any] = {"decisions": decisions, "sampling": sampling, "learning": learning}
         for name in ("return", "progress", "finished") if self.recent else ():
@@ -82,6 +90,12 @@ class Turn:
         if not self.rows:
             row["memory"] = common.megabytes([*learner, *games])
         self.rows.append(row)
+        if self.settings.race_every and len(self.rows) % self.settings.race_every == 0:
+            seeds = list(range(self.args.eval_seed + 10_000, self.args.eval_seed + 10_020))
+            races = ppo_tuxkart.summarize(ppo_tuxkart.race_all(self.args, agent, seeds))
+            row["races"] = {name: races[name] for name in ("finished", "median", "progress")}
+            row["races"]["minutes"] = (time.perf_counter() - self.began) / 60
+            print(len(self.rows) * decisions, row["races"], file=sys.stderr, flush=True)
 
     def figures(self) -> dict[str, Any]:
         """Of all iterations but the first, which has warmed up; minutes are those of all."""
@@ -125,7 +139,7 @@ def play_ours(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
         data["returns"] = data["advantages"] + data["values"]
         batch = {name: values.flatten(0, 1) for name, values in data.items()}
         ppo_tuxkart.ppo_update(agent, optimizer, batch, args)
-        turn(size, sampled - started, time.perf_counter() - sampled, episodes)
+        turn(size, sampled - started, time.perf_counter() - sampled, episodes, agent)
     ppo_tuxkart.end_games(envs)
 
 
@@ -148,11 +162,14 @@ def play_sb3(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
 
         def train(self) -> None:
             super().train()
-            turn(size, self.sampled - self.started, time.perf_counter() - self.sampled, ended)
+            learning = time.perf_counter() - self.sampled
+            for ours, theirs in zip(agent.parameters(), self.policy.parameters(), strict=True):
+                ours.data.copy_(theirs.view(ours.shape))
+            turn(size, self.sampled - self.started, learning, ended, agent)
 
     def keep(local: dict, _: dict) -> bool:  # called after every step
         ended.extend(info for info, done in zip(local["infos"], local["dones"], strict=True) if done)
-        return True
+        return time.perf_counter() < turn.began + 60 * turn.settings.minutes
 
     envs = SubprocVecEnv([make_game(args)] * args.num_envs)
     model = Timed(
@@ -228,7 +245,7 @@ def play_cleanrl(args: ppo_tuxkart.Args, agent: Any, turn: Turn) -> None:
         for _ in range(args.epochs):
             for rows in np.array_split(np.random.permutation(size), args.num_minibatches):
                 cleanrl_step(agent, optimizer, [part[torch.from_numpy(rows)] for part in data], args)
-        turn(size - int(dones.sum()), sampled - started, time.perf_counter() - sampled, episodes)
+        turn(size - int(dones.sum()), sampled - started, time.perf_counter() - sampled, episodes, agent)
     envs.close()
 
 
@@ -265,7 +282,7 @@ def play_turn(settings: Peers, peer: str) -> None:
     )
     checkpoint = ppo_tuxkart.load_checkpoint(settings.init_from) if settings.init_from else None
     agent = ppo_tuxkart.make_agent(args, checkpoint)
-    PLAY[peer.split(":")[0]](args, agent, turn := Turn())
+    PLAY[peer.split(":")[0]](args, agent, turn := Turn(settings, args))
     print(json.dumps(turn.figures()), flush=True)
 
 
