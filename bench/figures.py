@@ -84,18 +84,18 @@ def draw_learning(results: Path, picture: Path) -> None:
 
 
 def draw_teacher(results: Path, picture: Path) -> None:
-    """Greedy races against minutes: teachers and a student on pystk2, and three seeds of plain PPO on pystk."""
+    """Greedy races against minutes: the README's runs on pystk2, and three seeds of plain PPO on pystk."""
     figure, (finished, laps) = panels(2, 9)
     ai = {}
     for weights in ("scotland", "scotland-pystk"):
         ai[weights] = json.loads((results / f"pretrained-{weights}.evaluation.json").read_text())["ai"]["median"]
-    runs = [
-        ("teacher-skid-long", "scotland", "teacher, seed 1", "C1o-"),
-        ("student-short", "scotland", "its student", "C0o-"),
-        ("teacher-seed2", "scotland", "teacher, seed 2", "C1^:"),
-    ]
+    runs, begun = [], {}
+    for seed, look in ((1, "o-"), (2, "^:")):
+        teacher = f"readme-{seed}-teacher"
+        runs += [(teacher, "scotland", f"teacher, seed {seed}", f"C1{look}")]
+        runs += [(f"readme-{seed}", "scotland", "its student", f"C0{look}")]
+        begun[f"readme-{seed}"] = read_rows(results / f"{teacher}.jsonl")[-1]["charts/elapsed_minutes"]
     runs += [(f"scotland-seed{seed}", "scotland-pystk", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]
-    begun = {"student-short": read_rows(results / "teacher-skid-long.jsonl")[-1]["charts/elapsed_minutes"]}
     for name, weights, label, look in runs:
         rows = [row for row in read_rows(results / f"{name}.jsonl") if "eval/finished" in row]
         minutes = [row.get("charts/elapsed_minutes", row.get("charts/elapsed_seconds", 0) / 60) for row in rows]
