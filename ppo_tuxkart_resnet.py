@@ -1413,7 +1413,7 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     network = StateAgent if args.observe == "state" else functools.partial(Agent, args=args)
     agent = network(env.observation_space.shape, env.action_space.nvec)
     if args.actions == "skid":  # a drift that is begun lasts: at first one decision in twenty begins one
-        [*agent.policy.parameters()][-1].data[5 + 3 + 1] = -3.0
+        list(agent.policy.parameters())[-1].data[5 + 3 + 1] = -3.0  # bias: 5 to steer, 3 pedals, no drift, drift
     try:
         if checkpoint:  # weights are taken in order, since names have changed between versions
             weights = zip(agent.state_dict(), checkpoint["agent"].values(), strict=True)
@@ -1571,7 +1571,7 @@ def train(args: Args, folder: Path) -> Agent:
         theirs.epochs = 2 * args.epochs  # of a small network they cost little
         theirs.learning_rate = 4 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
-    torch.set_num_threads(1 if args.observe == "state" else usable_cores())  # more slow a small network down
+    torch.set_num_threads(1 if args.observe == "state" else usable_cores())  # more threads slow a small network
     bar = tqdm(total=num_iterations * batch_size, initial=step, unit=" decisions", disable=rank > 0)
     bar.set_description("teacher" if args.observe == "state" else None)
     try:

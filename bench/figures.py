@@ -92,8 +92,8 @@ def draw_teacher(results: Path, picture: Path) -> None:
     runs, begun = [], {}
     for seed, look in ((1, "o-"), (2, "^:")):
         teacher = f"readme-{seed}-teacher"
-        runs += [(teacher, "scotland", f"teacher, seed {seed}", f"C1{look}")]
-        runs += [(f"readme-{seed}", "scotland", "its student", f"C0{look}")]
+        runs.append((teacher, "scotland", f"teacher, seed {seed}", f"C1{look}"))
+        runs.append((f"readme-{seed}", "scotland", "its student", f"C0{look}"))
         begun[f"readme-{seed}"] = read_rows(results / f"{teacher}.jsonl")[-1]["charts/elapsed_minutes"]
     runs += [(f"scotland-seed{seed}", "scotland-pystk", "no teacher" * (seed == 1), "C7.-") for seed in (1, 2, 3)]
     for name, weights, label, look in runs:

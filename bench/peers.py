@@ -16,11 +16,13 @@ own. An iteration warms up; the others count.
              not counted here
 
 `:tuned` gives a peer what ppo_tuxkart.py does for itself: threads that do not spin, and freed memory
-that is kept. `--race-every` has 20 greedy races after so many iterations, as the script's own evaluations are; their
-time counts in `minutes`, and a turn ends after `--minutes`, its step size still falling to zero at `--iterations`. The
-table gives medians over the rounds: speed, CPU time of the learner's process and of
+that is kept. The table gives medians over the rounds: speed, CPU time of the learner's process and of
 all that it started, memory, and what the last 100 races from the start line did. The file holds every
 iteration.
+
+`--race-every` has greedy races after so many iterations, as ppo_tuxkart.py's own evaluations are, with
+the minutes since the turn began, races included. With `--turn` in the place of `--peers` they are
+printed as they come. `--minutes` ends a turn of sb3 early; its step size falls as if it went on.
 """
 
 import dataclasses
@@ -62,7 +64,7 @@ class Peers:
     engine: Literal["auto", "pystk", "pystk2"] = "auto"  # game bindings
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks learn
     init_from: Path | None = None  # weights to begin with; an untrained kart's episodes are short
-    race_every: int = 0  # iterations between 20 greedy races of ours or sb3; 0 for none
+    race_every: int = 0  # iterations between greedy races; 0 for none
     minutes: float = float("inf")  # after which a turn of sb3 ends
     seed: int = 1  # seed of the first round
     turn: Peer | None = None  # one turn of this peer, in this process
@@ -91,11 +93,12 @@ class Turn:
             row["memory"] = common.megabytes([*learner, *games])
         self.rows.append(row)
         if self.settings.race_every and len(self.rows) % self.settings.race_every == 0:
-            seeds = list(range(self.args.eval_seed + 10_000, self.args.eval_seed + 10_020))
+            first = self.args.eval_seed + 10_000  # as `exam` has it
+            seeds = list(range(first, first + self.args.eval_episodes))
             races = ppo_tuxkart.summarize(ppo_tuxkart.race_all(self.args, agent, seeds))
             row["races"] = {name: races[name] for name in ("finished", "median", "progress")}
             row["races"]["minutes"] = (time.perf_counter() - self.began) / 60
-            print(len(self.rows) * decisions, row["races"], file=sys.stderr, flush=True)
+            print(sum(row["decisions"] for row in self.rows), row["races"], file=sys.stderr, flush=True)
 
     def figures(self) -> dict[str, Any]:
         """Of all iterations but the first, which has warmed up; minutes are those of all."""

@@ -80,7 +80,7 @@ def in_own_process(function):
 
 
 def command(script, *args, patch=""):
-    """The words that start a script. patch: Python that is run first, by its games' processes as well."""
+    """The words that start a script. patch: Python that is run first, also by its games; `script` is its module."""
     path = ROOT / f"{script}.py"
     if patch:
         code = f"import {script} as script\n{patch}\nif __name__ == '__main__':\n    script.main()"
