@@ -1275,12 +1275,12 @@ def train(args: Args, folder: Path) -> Agent:
     bar.set_description("teacher" if args.observe == "state" else None)
     try:
         while run["iteration"] < num_iterations:
-            # Anneal: the step size and the exploration fall linearly to zero
+            # Anneal: the step size, threefold for all of the teacher's advice, and the exploration fall to zero
             started = time.time()
             left = 1 - run["iteration"] / num_iterations
-            optimizer.param_groups[0]["lr"] = args.learning_rate * left
             agent.epsilon = args.epsilon * left
             agent.teaching = max(0.0, 1 - (1 - left) / TEACHING) if teachers else 0.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left * (1 + 2 * agent.teaching)
 
             # Collect num_steps decisions in every game
             data, episodes = collect(args, agent, run, games)
