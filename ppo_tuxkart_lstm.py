@@ -396,7 +396,7 @@ def deepracer_actions(action: list[int], speed: float, speeds: Sequence[float]) 
 # How many choices each part of an action has, given the number of speeds, and what the game is
 # told: steer from -1 (left) to 1, pedals and buttons. pace: as a share of the fastest choice.
 ACTIONS: dict[str, tuple[Callable, Callable]] = {
-    "skid": (lambda speeds: [5, 3, 2, 2], drive_actions),  # and a drift is held for DRIFT_SECONDS
+    "skid": (lambda speeds: [5, 3, 2, 2], drive_actions),  # a drift begins in full steering, and lasts
     "drive": (lambda speeds: [5, 3, 2, 2], drive_actions),
     "ec418": (lambda speeds: [16], ec418_actions),
     "deepracer": (lambda speeds: [7 * speeds], deepracer_actions),
@@ -815,15 +815,15 @@ class TuxKartEnv(gym.Env):
     def drive(self, action: list[int]) -> dict[str, Any]:
         """Holds the controls of an action for one decision. Returns them."""
         controls = self.controls(action, self.speed, self.game.speeds)
-        if self.game.actions == "skid" and 0 < self.drifted < DRIFT_SECONDS:
-            controls["drift"] = True
+        if self.game.actions == "skid":
+            lasts = 0 < self.drifted < DRIFT_SECONDS
+            controls["drift"] = lasts or (controls["drift"] and abs(controls["steer"]) == 1)
         if self.speed_cap is not None:
             cap = govern(self.speed_cap, self.speed)
             controls["acceleration"] = min(controls["acceleration"], cap["acceleration"])
             controls["brake"] = controls["brake"] or cap["brake"]
             controls["nitro"] = False
-        told = {name: value for name, value in controls.items() if name != "pace"}
-        pressed = self.stk.Action(**told)
+        pressed = self.stk.Action(**{name: value for name, value in controls.items() if name != "pace"})
         parts = [pressed, None, None] if self.film else [pressed]  # None: the game goes on with it by itself
         for part in parts:
             self.advance(self.game.step_size / len(parts), part)
@@ -1140,7 +1140,7 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-TEACHER_STEPS = 1.5  # decisions that a teacher learns from, for each of its student's
+TEACHER_STEPS = 2.5  # decisions that a teacher learns from, for each of its student's
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
@@ -1152,7 +1152,7 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     network = StateAgent if args.observe == "state" else Agent
     agent = network(env.observation_space.shape, env.action_space.nvec)
     if args.actions == "skid":  # a drift that is begun lasts: at first one decision in twenty begins one
-        list(agent.policy.parameters())[-1].data[5 + 3 + 1] = -3.0  # bias: 5 to steer, 3 pedals, no drift, drift
+        list(agent.policy.parameters())[-1].data[5 + 3 + 1] = -2.0  # bias: 5 to steer, 3 pedals, no drift, drift
     try:
         if checkpoint:  # weights are taken in order, since names have changed between versions
             weights = zip(agent.state_dict(), checkpoint["agent"].values(), strict=True)
