@@ -13,7 +13,7 @@ the kart learns from its advice and by PPO (Chen et al. 2019, https://arxiv.org/
     python ppo_tuxkart.py --evaluate runs/<name>/best.pt   # race it against the game's own AI
     tensorboard --logdir runs                              # watch it
 
-On two cores without a GPU the teacher learns for 6 minutes, and 5 minutes later the kart finishes its
+On two cores without a GPU the teacher learns for 10 minutes, and 2 minutes later the kart finishes its
 first race. With --teacher none --actions drive it does so after 12 to 22 minutes.
 """
 
