@@ -1576,7 +1576,7 @@ def train(args: Args, folder: Path) -> Agent:
     bar.set_description("teacher" if args.observe == "state" else None)
     try:
         while run["iteration"] < num_iterations:
-            # Anneal: the step size, threefold for all of the teacher's advice, and the exploration fall to zero
+            # Anneal to zero: the step size, three times as large under a teacher's full advice, and the exploration
             started = time.time()
             left = 1 - run["iteration"] / num_iterations
             agent.epsilon = args.epsilon * left
