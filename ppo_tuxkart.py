@@ -1,20 +1,17 @@
 """PPO learns to drive the real SuperTuxKart from pixels.
 
-Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized
-advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih
-et al. 2015). The kart sees its last pictures and nothing else; speed and place serve the reward, the
-episode's end, the governor of those actions that ask for a speed, and a teacher. That is a small
-network that sees the state of the game and learns first, fast, since nothing is drawn for it; then
-the kart learns from its advice and by PPO (Chen et al. 2019, https://arxiv.org/abs/1912.12294).
+Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized advantage
+estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih et al. 2015). The kart sees
+its last pictures and nothing else; speed and place serve the reward, the episode's end, the governor of those actions
+that ask for a speed, and a teacher. That is a small network that sees the state of the game and learns first, fast,
+since nothing is drawn for it; then the kart learns from its advice and by PPO (Chen et al. 2019,
+https://arxiv.org/abs/1912.12294).
 
     python ppo_tuxkart.py --track scotland                 # learn; all of it lands in runs/<name>/
     python ppo_tuxkart.py --track scotland --teacher none  # from pixels alone: PPO and nothing else
     python ppo_tuxkart.py --resume runs/<name>             # go on after a stop or a crash
     python ppo_tuxkart.py --evaluate runs/<name>/best.pt   # race it against the game's own AI
     tensorboard --logdir runs                              # watch it
-
-On two cores without a GPU the teacher learns for 10 minutes, and 2 minutes later the kart finishes its
-first race. With --teacher none --actions drive it does so after 12 to 22 minutes.
 """
 
 import atexit
@@ -108,6 +105,7 @@ class Args(Game):
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
+    mirror: bool = True  # what sees the state sees it mirrored as well, and averages its two advices
     resume: Path | None = None  # run folder to go on with; its settings hold but for those typed
     init_from: Path | None = None  # checkpoint to take the network's weights from, nothing else
     evaluate: Path | None = None  # checkpoint to race, beside the game's own AI; no learning
@@ -146,13 +144,12 @@ class Args(Game):
 
 
 BOUNDS: dict[str, tuple[float, float]] = {  # least and most
-    **dict.fromkeys(("num_envs", "num_steps", "epochs", "num_minibatches"), (1, 10_000)),
+    **dict.fromkeys(("num_envs", "num_steps", "epochs", "num_minibatches", "eval_episodes"), (1, 10_000)),
     **dict.fromkeys(("seed", "eval_seed", "eval_interval", "total_timesteps"), (0, 10**12)),
     **dict.fromkeys(("random_start", "gamma", "gae_lambda", "epsilon", "clip_coef"), (0, 1)),
     **dict.fromkeys(("learning_rate", "ent_coef", "vf_coef", "max_grad_norm"), (0, 1e6)),
     **dict.fromkeys(("speed_cap", "speed_curriculum", "laps", "frame_stack"), (1, 100)),
     **dict.fromkeys(("width", "height"), (36, 2048)),
-    "eval_episodes": (1, 10_000),
     "step_size": (1 / 120, 1),
     "difficulty": (0, 3),
     "num_karts": (1, 20),
@@ -173,8 +170,7 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 class Agent(nn.Module):
     """The Nature CNN with a policy head and a value head.
 
-    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an
-    action, and values (B,).
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an action, and values (B,).
     """
 
     epsilon = 0.0  # share of uniformly random actions
@@ -205,25 +201,34 @@ class Agent(nn.Module):
 
 
 class StateAgent(Agent):
-    """Two perceptrons. forward: float states (B, S) -> what `Agent` returns."""
+    """Two perceptrons. forward: float states (B, S) -> what `Agent` returns.
 
-    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
+    A mirrored game is the same game. So each state is seen mirrored, too, and the mean of both decides.
+    mirror: the order of the first logits when left and right change places; without it nothing is mirrored.
+    """
+
+    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int], mirror: Sequence[int] = ()) -> None:
         nn.Module.__init__(self)  # without the layers of `Agent`
         self.nvec = [int(n) for n in nvec]
-        sizes = (sum(self.nvec), 0.01), (1, 1.0)
+        sides, order = torch.ones(obs_shape[0]), torch.arange(sum(self.nvec))
+        if mirror:
+            sides[SIDEWAYS] = -1
+            order[: len(mirror)] = torch.tensor(mirror)
+        self.register_buffer("sides", sides, persistent=False)
+        self.register_buffer("order", order, persistent=False)
         self.policy, self.value = (
             nn.Sequential(
-                orthogonal(nn.Linear(obs_shape[0], 256), 2**0.5),
-                nn.Tanh(),
-                orthogonal(nn.Linear(256, 256), 2**0.5),
-                nn.Tanh(),
+                *(orthogonal(nn.Linear(obs_shape[0], 256), 2**0.5), nn.Tanh()),
+                *(orthogonal(nn.Linear(256, 256), 2**0.5), nn.Tanh()),
                 orthogonal(nn.Linear(256, size), gain),
             )
-            for size, gain in sizes
+            for size, gain in ((sum(self.nvec), 0.01), (1, 1.0))
         )
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.policy(obs), self.value(obs).squeeze(-1)
+        both = torch.cat([obs, obs * self.sides])
+        seen, mirrored = self.policy(both).chunk(2)
+        return (seen + mirrored[:, self.order]) / 2, self.value(both).view(2, -1).mean(0)
 
 
 def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: float) -> tuple:
@@ -272,8 +277,7 @@ def compute_gae(data: dict[str, Tensor], gamma: float, gae_lambda: float) -> Ten
 def teacher_kl(teacher_logits: Tensor, logits: Tensor, nvec: list[int]) -> Tensor:
     """KL(teacher || student), summed over an action's parts: logits (B, sum(nvec)) each -> (B,).
 
-    On the states that the student visits, beside PPO's own loss: kickstarting (Schmitt et al. 2018,
-    https://arxiv.org/abs/1803.03835).
+    Kickstarting's loss (Schmitt et al. 2018, https://arxiv.org/abs/1803.03835).
     """
     total = torch.zeros_like(logits[:, 0])
     for theirs, ours in zip(teacher_logits.split(nvec, -1), logits.split(nvec, -1), strict=True):
@@ -376,13 +380,17 @@ def deepracer_actions(action: list[int], speed: float, speeds: Sequence[float]) 
     return {"steer": steer, "pace": speeds[pace] / max(speeds), **govern(speeds[pace], speed)}
 
 
-# How many choices each part of an action has, given the number of speeds, and what the game is
-# told: steer from -1 (left) to 1, pedals and buttons. pace: as a share of the fastest choice.
-ACTIONS: dict[str, tuple[Callable, Callable]] = {
-    "skid": (lambda speeds: [5, 3, 2, 2], drive_actions),  # a drift begins in full steering, and lasts
-    "drive": (lambda speeds: [5, 3, 2, 2], drive_actions),
-    "ec418": (lambda speeds: [16], ec418_actions),
-    "deepracer": (lambda speeds: [7 * speeds], deepracer_actions),
+# How many choices each part of an action has, given the number of speeds; what the game is told: steer from -1
+# (left) to 1, pedals and buttons, pace as a share of the fastest choice; the first choices' order in a mirror.
+ACTIONS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "skid": (
+        lambda n: [5, 3, 2, 2],
+        drive_actions,
+        lambda n: [4, 3, 2, 1, 0],
+    ),  # a drift needs full steering, and lasts
+    "drive": (lambda n: [5, 3, 2, 2], drive_actions, lambda n: [4, 3, 2, 1, 0]),
+    "ec418": (lambda n: [16], ec418_actions, lambda n: [i & 3 | (i & 4) * 2 | (i & 8) // 2 for i in range(16)]),
+    "deepracer": (lambda n: [7 * n], deepracer_actions, lambda n: [(6 - i // n) * n + i % n for i in range(7 * n)]),
 }
 
 
@@ -454,6 +462,7 @@ DRIFT_SECONDS = 1.1  # a drift of about a second ends with a boost, which random
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
 AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
+SIDEWAYS = [0, 2, 3, 6, 12, *range(14, 25), *range(58, 62)]  # entries of a state that are positive to the right
 # What says where an engine may write. pystk2 would write into the player's own saves.
 WRITES = ("SUPERTUXKART_SAVEDIR", "MESA_SHADER_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 
@@ -562,7 +571,7 @@ class TuxKartEnv(gym.Env):
         self.render_mode = render_mode
         self.weights = parse_reward(self.game.reward)
         self.speed_cap = self.game.speed_cap
-        choices, self.controls = ACTIONS[self.game.actions]
+        choices, self.controls, _ = ACTIONS[self.game.actions]
         shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
         pixels = gym.spaces.Box(0, 255, shape, np.uint8)
         state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
@@ -1021,10 +1030,8 @@ def summarize(races: list[dict]) -> dict[str, Any]:
     finished = [run for run in races if run["finished"]]
     tracks = dict.fromkeys(run["track"] for run in races)
     laps = [[run["lap_time"] for run in finished if run["track"] == track] for track in tracks]
-    correlation = 0.0
-    if len(finished) >= 10:
-        pairs = [(run["return"], run["lap_time"]) for run in finished]
-        correlation = float(np.corrcoef(pairs, rowvar=False)[0, 1])
+    pairs = [(run["return"], run["lap_time"]) for run in finished]
+    correlation = float(np.corrcoef(pairs, rowvar=False)[0, 1]) if len(pairs) >= 10 else 0.0
     means = [name for name in races[0] if name.startswith(("return", "reward/", "progress", "off_track"))]
     return {
         **{name: float(np.mean([run[name] for run in races])) for name in means},
@@ -1116,7 +1123,7 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-TEACHER_STEPS = 3.0  # decisions that a teacher learns from, for each of its student's
+TEACHER_STEPS = 2.0  # decisions that a teacher learns from, for each of its student's
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
@@ -1125,8 +1132,9 @@ SAVE_SECONDS = 240.0  # after which it is written in any case
 def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     """The network on its device, with a checkpoint's weights if one is given. Raises UsageError."""
     env, *_ = [make_env(args, track) for track in args.track]  # each is checked
-    network = StateAgent if args.observe == "state" else Agent
-    agent = network(env.observation_space.shape, env.action_space.nvec)
+    shapes = env.observation_space.shape, env.action_space.nvec
+    mirror = ACTIONS[args.actions][2](len(args.speeds)) if args.mirror else []
+    agent = StateAgent(*shapes, mirror) if args.observe == "state" else Agent(*shapes)
     if args.actions == "skid":  # a drift that is begun lasts: at first one decision in twenty begins one
         list(agent.policy.parameters())[-1].data[5 + 3 + 1] = -2.0  # bias: 5 to steer, 3 pedals, no drift, drift
     try:
@@ -1157,7 +1165,7 @@ def load_checkpoint(path: Path) -> dict:
         raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
     except Exception as error:  # whatever may be in a file
         raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
-    settings.setdefault("teacher", ("none",))  # older scripts had none, and other settings
+    settings = {"teacher": ("none",), "mirror": False} | settings  # older scripts had neither
     if settings.get("engine") == "auto":  # of an older script, which preferred this one
         settings["engine"] = "pystk"
     return checkpoint | {"args": Args(**settings)}
@@ -1265,9 +1273,8 @@ def train(args: Args, folder: Path) -> Agent:
     if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
         if writer and not checkpoint:
             save(last, folder / "last.pt")
-        theirs = dataclasses.replace(args, observe="state", init_from=None)
+        theirs = dataclasses.replace(args, observe="state", init_from=None, epochs=2 * args.epochs)
         theirs.total_timesteps = int(TEACHER_STEPS * args.total_timesteps)
-        theirs.epochs = 2 * args.epochs  # of a small network they cost little
         theirs.learning_rate = 4 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
     torch.set_num_threads(1 if args.observe == "state" else usable_cores())  # more threads slow a small network
@@ -1366,8 +1373,7 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=resumed)
         lock.acquire()
     except FileExistsError:
-        hint = f", or --resume {quoted}" if (folder / "last.pt").exists() else ""
-        raise UsageError(f"There is a run {folder}: type another --name{hint}") from None
+        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:
