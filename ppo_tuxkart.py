@@ -1,11 +1,11 @@
 """PPO learns to drive the real SuperTuxKart from pixels.
 
-Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized advantage
-estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih et al. 2015). The kart sees
-its last pictures and nothing else; speed and place serve the reward, the episode's end, the governor of those actions
-that ask for a speed, and a teacher. That is a small network that sees the state of the game and learns first, fast,
-since nothing is drawn for it; then the kart learns from its advice and by PPO (Chen et al. 2019,
-https://arxiv.org/abs/1912.12294).
+Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), generalized
+advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438), the Nature CNN (Mnih
+et al. 2015). The kart sees its last pictures and nothing else; speed and place serve the reward, the
+episode's end, the governor of those actions that ask for a speed, and a teacher. That is a small
+network that sees the state of the game and learns first, fast, since nothing is drawn for it; then
+the kart learns from its advice and by PPO (Chen et al. 2019, https://arxiv.org/abs/1912.12294).
 
     python ppo_tuxkart.py --track scotland                 # learn; all of it lands in runs/<name>/
     python ppo_tuxkart.py --track scotland --teacher none  # from pixels alone: PPO and nothing else
@@ -105,7 +105,7 @@ class Args(Game):
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
-    mirror: bool = True  # what sees the state sees it mirrored as well, and averages its two advices
+    mirror: bool = True  # see each state mirrored as well, and decide by the mean
     resume: Path | None = None  # run folder to go on with; its settings hold but for those typed
     init_from: Path | None = None  # checkpoint to take the network's weights from, nothing else
     evaluate: Path | None = None  # checkpoint to race, beside the game's own AI; no learning
@@ -144,12 +144,13 @@ class Args(Game):
 
 
 BOUNDS: dict[str, tuple[float, float]] = {  # least and most
-    **dict.fromkeys(("num_envs", "num_steps", "epochs", "num_minibatches", "eval_episodes"), (1, 10_000)),
+    **dict.fromkeys(("num_envs", "num_steps", "epochs", "num_minibatches"), (1, 10_000)),
     **dict.fromkeys(("seed", "eval_seed", "eval_interval", "total_timesteps"), (0, 10**12)),
     **dict.fromkeys(("random_start", "gamma", "gae_lambda", "epsilon", "clip_coef"), (0, 1)),
     **dict.fromkeys(("learning_rate", "ent_coef", "vf_coef", "max_grad_norm"), (0, 1e6)),
     **dict.fromkeys(("speed_cap", "speed_curriculum", "laps", "frame_stack"), (1, 100)),
     **dict.fromkeys(("width", "height"), (36, 2048)),
+    "eval_episodes": (1, 10_000),
     "step_size": (1 / 120, 1),
     "difficulty": (0, 3),
     "num_karts": (1, 20),
@@ -170,7 +171,8 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 class Agent(nn.Module):
     """The Nature CNN with a policy head and a value head.
 
-    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an action, and values (B,).
+    forward: uint8 pictures (B, C, H, W) -> logits (B, sum(nvec)), a block for each part of an
+    action, and values (B,).
     """
 
     epsilon = 0.0  # share of uniformly random actions
@@ -203,27 +205,24 @@ class Agent(nn.Module):
 class StateAgent(Agent):
     """Two perceptrons. forward: float states (B, S) -> what `Agent` returns.
 
-    A mirrored game is the same game. So each state is seen mirrored, too, and the mean of both decides.
-    mirror: the order of the first logits when left and right change places; without it nothing is mirrored.
+    mirror: see each state mirrored, too, and decide by the mean, since a mirrored game is the same
+    game. Steering is then the first part of an action, from left to right.
     """
 
-    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int], mirror: Sequence[int] = ()) -> None:
+    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int], mirror: bool = False) -> None:
         nn.Module.__init__(self)  # without the layers of `Agent`
         self.nvec = [int(n) for n in nvec]
         sides, order = torch.ones(obs_shape[0]), torch.arange(sum(self.nvec))
         if mirror:
             sides[SIDEWAYS] = -1
-            order[: len(mirror)] = torch.tensor(mirror)
-        self.register_buffer("sides", sides, persistent=False)
-        self.register_buffer("order", order, persistent=False)
-        self.policy, self.value = (
-            nn.Sequential(
-                *(orthogonal(nn.Linear(obs_shape[0], 256), 2**0.5), nn.Tanh()),
-                *(orthogonal(nn.Linear(256, 256), 2**0.5), nn.Tanh()),
-                orthogonal(nn.Linear(256, size), gain),
-            )
-            for size, gain in ((sum(self.nvec), 0.01), (1, 1.0))
-        )
+            order[: self.nvec[0]] = order[: self.nvec[0]].flip(0)
+        self.sides, self.order = (nn.Buffer(buffer, persistent=False) for buffer in (sides, order))
+        heads = []
+        for size, gain in ((sum(self.nvec), 0.01), (1, 1.0)):
+            first, second = (orthogonal(nn.Linear(n, 256), 2**0.5) for n in (obs_shape[0], 256))
+            last = orthogonal(nn.Linear(256, size), gain)
+            heads.append(nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last))
+        self.policy, self.value = heads
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.cat([obs, obs * self.sides])
@@ -276,9 +275,7 @@ def compute_gae(data: dict[str, Tensor], gamma: float, gae_lambda: float) -> Ten
 
 def teacher_kl(teacher_logits: Tensor, logits: Tensor, nvec: list[int]) -> Tensor:
     """KL(teacher || student), summed over an action's parts: logits (B, sum(nvec)) each -> (B,).
-
-    Kickstarting's loss (Schmitt et al. 2018, https://arxiv.org/abs/1803.03835).
-    """
+    Kickstarting's loss (Schmitt et al. 2018, https://arxiv.org/abs/1803.03835)."""
     total = torch.zeros_like(logits[:, 0])
     for theirs, ours in zip(teacher_logits.split(nvec, -1), logits.split(nvec, -1), strict=True):
         theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
@@ -380,17 +377,13 @@ def deepracer_actions(action: list[int], speed: float, speeds: Sequence[float]) 
     return {"steer": steer, "pace": speeds[pace] / max(speeds), **govern(speeds[pace], speed)}
 
 
-# How many choices each part of an action has, given the number of speeds; what the game is told: steer from -1
-# (left) to 1, pedals and buttons, pace as a share of the fastest choice; the first choices' order in a mirror.
-ACTIONS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "skid": (
-        lambda n: [5, 3, 2, 2],
-        drive_actions,
-        lambda n: [4, 3, 2, 1, 0],
-    ),  # a drift needs full steering, and lasts
-    "drive": (lambda n: [5, 3, 2, 2], drive_actions, lambda n: [4, 3, 2, 1, 0]),
-    "ec418": (lambda n: [16], ec418_actions, lambda n: [i & 3 | (i & 4) * 2 | (i & 8) // 2 for i in range(16)]),
-    "deepracer": (lambda n: [7 * n], deepracer_actions, lambda n: [(6 - i // n) * n + i % n for i in range(7 * n)]),
+# How many choices each part of an action has, given the number of speeds, and what the game is
+# told: steer from -1 (left) to 1, pedals and buttons. pace: as a share of the fastest choice.
+ACTIONS: dict[str, tuple[Callable, Callable]] = {
+    "skid": (lambda speeds: [5, 3, 2, 2], drive_actions),  # a drift begins in full steering, and lasts
+    "drive": (lambda speeds: [5, 3, 2, 2], drive_actions),
+    "ec418": (lambda speeds: [16], ec418_actions),
+    "deepracer": (lambda speeds: [7 * speeds], deepracer_actions),
 }
 
 
@@ -462,7 +455,8 @@ DRIFT_SECONDS = 1.1  # a drift of about a second ends with a boost, which random
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
 AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
-SIDEWAYS = [0, 2, 3, 6, 12, *range(14, 25), *range(58, 62)]  # entries of a state that are positive to the right
+ITEMS_AT = 14 + 4 * len(AHEAD)  # in a state; and those of its entries that change sign in a mirror:
+SIDEWAYS = [0, 2, 3, 6, 12, *range(14, 14 + len(AHEAD)), *range(ITEMS_AT, ITEMS_AT + 2 * len(ITEMS))]
 # What says where an engine may write. pystk2 would write into the player's own saves.
 WRITES = ("SUPERTUXKART_SAVEDIR", "MESA_SHADER_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 
@@ -571,10 +565,10 @@ class TuxKartEnv(gym.Env):
         self.render_mode = render_mode
         self.weights = parse_reward(self.game.reward)
         self.speed_cap = self.game.speed_cap
-        choices, self.controls, _ = ACTIONS[self.game.actions]
+        choices, self.controls = ACTIONS[self.game.actions]
         shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
         pixels = gym.spaces.Box(0, 255, shape, np.uint8)
-        state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
+        state = gym.spaces.Box(-np.inf, np.inf, (ITEMS_AT + 4 * len(ITEMS),), np.float32)
         self.observation_space = state if self.game.observe == "state" else pixels
         self.action_space = gym.spaces.MultiDiscrete(choices(len(self.game.speeds)))
         self.picture = np.zeros((3, *shape[1:]), np.uint8)
@@ -1133,7 +1127,7 @@ def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     """The network on its device, with a checkpoint's weights if one is given. Raises UsageError."""
     env, *_ = [make_env(args, track) for track in args.track]  # each is checked
     shapes = env.observation_space.shape, env.action_space.nvec
-    mirror = ACTIONS[args.actions][2](len(args.speeds)) if args.mirror else []
+    mirror = args.mirror and args.actions in ("skid", "drive")
     agent = StateAgent(*shapes, mirror) if args.observe == "state" else Agent(*shapes)
     if args.actions == "skid":  # a drift that is begun lasts: at first one decision in twenty begins one
         list(agent.policy.parameters())[-1].data[5 + 3 + 1] = -2.0  # bias: 5 to steer, 3 pedals, no drift, drift
@@ -1373,7 +1367,7 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=resumed)
         lock.acquire()
     except FileExistsError:
-        raise UsageError(f"There is a run {folder}: type another --name, or --resume {quoted}") from None
+        raise UsageError(f"There is a run {folder}: type --name NEW or --resume {quoted}") from None
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:

@@ -107,6 +107,7 @@ class Args(Game):
     seed: int = 1  # seed of the network, the actions, the minibatches and the starts
     name: str | None = None  # the run's folder under runs/ (default: track, seed and time)
     teacher: tuple[str, ...] = ("learn",)  # learn: one first; none; or checkpoints
+    mirror: bool = True  # see each state mirrored as well, and decide by the mean
     resume: Path | None = None  # run folder to go on with; its settings hold but for those typed
     init_from: Path | None = None  # checkpoint to take the network's weights from, nothing else
     evaluate: Path | None = None  # checkpoint to race, beside the game's own AI; no learning
@@ -218,25 +219,31 @@ class Agent(nn.Module):
 
 
 class StateAgent(Agent):
-    """Two perceptrons without a memory. forward: float states (B, S) -> what `Agent` returns."""
+    """Two perceptrons without a memory. forward: float states (B, S) -> what `Agent` returns.
 
-    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int]) -> None:
+    mirror: see each state mirrored, too, and decide by the mean, since a mirrored game is the same
+    game. Steering is then the first part of an action, from left to right.
+    """
+
+    def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int], mirror: bool = False) -> None:
         nn.Module.__init__(self)  # without the layers of `Agent`
         self.nvec = [int(n) for n in nvec]
-        sizes = (sum(self.nvec), 0.01), (1, 1.0)
-        self.policy, self.value = (
-            nn.Sequential(
-                orthogonal(nn.Linear(obs_shape[0], 256), 2**0.5),
-                nn.Tanh(),
-                orthogonal(nn.Linear(256, 256), 2**0.5),
-                nn.Tanh(),
-                orthogonal(nn.Linear(256, size), gain),
-            )
-            for size, gain in sizes
-        )
+        sides, order = torch.ones(obs_shape[0]), torch.arange(sum(self.nvec))
+        if mirror:
+            sides[SIDEWAYS] = -1
+            order[: self.nvec[0]] = order[: self.nvec[0]].flip(0)
+        self.sides, self.order = (nn.Buffer(buffer, persistent=False) for buffer in (sides, order))
+        heads = []
+        for size, gain in ((sum(self.nvec), 0.01), (1, 1.0)):
+            first, second = (orthogonal(nn.Linear(n, 256), 2**0.5) for n in (obs_shape[0], 256))
+            last = orthogonal(nn.Linear(256, size), gain)
+            heads.append(nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last))
+        self.policy, self.value = heads
 
     def forward(self, obs: Tensor, memory: Any = None, starts: Any = None) -> tuple:
-        return self.policy(obs), self.value(obs).squeeze(-1), memory
+        both = torch.cat([obs, obs * self.sides])
+        seen, mirrored = self.policy(both).chunk(2)
+        return (seen + mirrored[:, self.order]) / 2, self.value(both).view(2, -1).mean(0), memory
 
 
 def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: float) -> tuple:
@@ -284,10 +291,7 @@ def compute_gae(data: dict[str, Tensor], gamma: float, gae_lambda: float) -> Ten
 
 def teacher_kl(teacher_logits: Tensor, logits: Tensor, nvec: list[int]) -> Tensor:
     """KL(teacher || student), summed over an action's parts: logits (B, sum(nvec)) each -> (B,).
-
-    On the states that the student visits, beside PPO's own loss: kickstarting (Schmitt et al. 2018,
-    https://arxiv.org/abs/1803.03835).
-    """
+    Kickstarting's loss (Schmitt et al. 2018, https://arxiv.org/abs/1803.03835)."""
     total = torch.zeros_like(logits[:, 0])
     for theirs, ours in zip(teacher_logits.split(nvec, -1), logits.split(nvec, -1), strict=True):
         theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
@@ -471,6 +475,8 @@ DRIFT_SECONDS = 1.1  # a drift of about a second ends with a boost, which random
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
 AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
+ITEMS_AT = 14 + 4 * len(AHEAD)  # in a state; and those of its entries that change sign in a mirror:
+SIDEWAYS = [0, 2, 3, 6, 12, *range(14, 14 + len(AHEAD)), *range(ITEMS_AT, ITEMS_AT + 2 * len(ITEMS))]
 # What says where an engine may write. pystk2 would write into the player's own saves.
 WRITES = ("SUPERTUXKART_SAVEDIR", "MESA_SHADER_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 
@@ -582,7 +588,7 @@ class TuxKartEnv(gym.Env):
         choices, self.controls = ACTIONS[self.game.actions]
         shape = (3 * self.game.frame_stack, self.game.height, self.game.width)
         pixels = gym.spaces.Box(0, 255, shape, np.uint8)
-        state = gym.spaces.Box(-np.inf, np.inf, (14 + 4 * len(AHEAD) + 4 * len(ITEMS),), np.float32)
+        state = gym.spaces.Box(-np.inf, np.inf, (ITEMS_AT + 4 * len(ITEMS),), np.float32)
         self.observation_space = state if self.game.observe == "state" else pixels
         self.action_space = gym.spaces.MultiDiscrete(choices(len(self.game.speeds)))
         self.picture = np.zeros((3, *shape[1:]), np.uint8)
@@ -1045,10 +1051,8 @@ def summarize(races: list[dict]) -> dict[str, Any]:
     finished = [run for run in races if run["finished"]]
     tracks = dict.fromkeys(run["track"] for run in races)
     laps = [[run["lap_time"] for run in finished if run["track"] == track] for track in tracks]
-    correlation = 0.0
-    if len(finished) >= 10:
-        pairs = [(run["return"], run["lap_time"]) for run in finished]
-        correlation = float(np.corrcoef(pairs, rowvar=False)[0, 1])
+    pairs = [(run["return"], run["lap_time"]) for run in finished]
+    correlation = float(np.corrcoef(pairs, rowvar=False)[0, 1]) if len(pairs) >= 10 else 0.0
     means = [name for name in races[0] if name.startswith(("return", "reward/", "progress", "off_track"))]
     return {
         **{name: float(np.mean([run[name] for run in races])) for name in means},
@@ -1140,7 +1144,7 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-TEACHER_STEPS = 3.0  # decisions that a teacher learns from, for each of its student's
+TEACHER_STEPS = 2.0  # decisions that a teacher learns from, for each of its student's
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case
@@ -1149,8 +1153,9 @@ SAVE_SECONDS = 240.0  # after which it is written in any case
 def make_agent(args: Args, checkpoint: dict | None) -> Agent:
     """The network on its device, with a checkpoint's weights if one is given. Raises UsageError."""
     env, *_ = [make_env(args, track) for track in args.track]  # each is checked
-    network = StateAgent if args.observe == "state" else Agent
-    agent = network(env.observation_space.shape, env.action_space.nvec)
+    shapes = env.observation_space.shape, env.action_space.nvec
+    mirror = args.mirror and args.actions in ("skid", "drive")
+    agent = StateAgent(*shapes, mirror) if args.observe == "state" else Agent(*shapes)
     if args.actions == "skid":  # a drift that is begun lasts: at first one decision in twenty begins one
         list(agent.policy.parameters())[-1].data[5 + 3 + 1] = -2.0  # bias: 5 to steer, 3 pedals, no drift, drift
     try:
@@ -1181,7 +1186,7 @@ def load_checkpoint(path: Path) -> dict:
         raise UsageError(f"There is no {path}: type the path of a last.pt or best.pt.") from None
     except Exception as error:  # whatever may be in a file
         raise UsageError(f"{path} is not a checkpoint of this script: type another.") from error
-    settings.setdefault("teacher", ("none",))  # older scripts had none, and other settings
+    settings = {"teacher": ("none",), "mirror": False} | settings  # older scripts had neither
     if settings.get("engine") == "auto":  # of an older script, which preferred this one
         settings["engine"] = "pystk"
     return checkpoint | {"args": Args(**settings)}
@@ -1289,9 +1294,8 @@ def train(args: Args, folder: Path) -> Agent:
     if args.teacher == ("learn",):  # the same on the state, where nothing is drawn, first
         if writer and not checkpoint:
             save(last, folder / "last.pt")
-        theirs = dataclasses.replace(args, observe="state", init_from=None)
+        theirs = dataclasses.replace(args, observe="state", init_from=None, epochs=2 * args.epochs)
         theirs.total_timesteps = int(TEACHER_STEPS * args.total_timesteps)
-        theirs.epochs = 2 * args.epochs  # of a small network they cost little
         theirs.learning_rate = 4 * args.learning_rate
         teachers = [train(theirs, folder / "teacher").requires_grad_(False)]
     torch.set_num_threads(1 if args.observe == "state" else usable_cores())  # more threads slow a small network
@@ -1391,8 +1395,7 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=resumed)
         lock.acquire()
     except FileExistsError:
-        hint = f", or --resume {quoted}" if (folder / "last.pt").exists() else ""
-        raise UsageError(f"There is a run {folder}: type another --name{hint}") from None
+        raise UsageError(f"There is a run {folder}: type --name NEW or --resume {quoted}") from None
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:

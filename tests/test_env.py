@@ -101,7 +101,7 @@ def state_at(track, location, heading, velocity, items=((), ()), **changes):
     n = len(ppo_tuxkart.AHEAD)
     parts = {"right": numbers[14 : 14 + n], "forward": numbers[14 + n : 14 + 2 * n]}
     parts |= {"up": numbers[14 + 2 * n : 14 + 3 * n], "width": numbers[14 + 3 * n : 14 + 4 * n]}
-    return {"first": numbers[:14], **parts, "items": numbers[14 + 4 * n :]}
+    return {"all": numbers, "first": numbers[:14], **parts, "items": numbers[14 + 4 * n :]}
 
 
 def test_what_a_teacher_is_told():
@@ -160,16 +160,16 @@ def test_a_drift_is_held_until_it_brings_a_boost():
         assert begun < 0.1 if actions == "skid" else begun > 0.4
 
 
-def test_a_mirrored_kart_is_told_the_mirrored_state():
-    here = state_at(bent_track(), [2.0, 0.0, 70.0], 0.2, (1.0, 0.0, 9.0), (((3, 0, 80),), ()), steer=0.5)
-    there = state_at(bent_track(True), [-2.0, 0.0, 70.0], -0.2, (-1.0, 0.0, 9.0), (((-3, 0, 80),), ()), steer=-0.5)
-    signs = np.ones(14)
-    signs[[0, 2, 3, 6, 12]] = -1  # the heading's sine, the offsets, the speed across, the steering
-    np.testing.assert_allclose(there["first"], signs * here["first"], atol=1e-6)
-    np.testing.assert_allclose(there["right"], -here["right"], atol=1e-6)
-    for name in ("forward", "up", "width"):
-        np.testing.assert_allclose(there[name], here[name], atol=1e-6)
-    np.testing.assert_allclose(there["items"], here["items"] * [-1, -1, -1, -1, 1, 1, 1, 1], atol=1e-6)
+def test_a_mirrored_kart_is_told_the_mirrored_state_and_decides_the_mirrored_action():
+    here = state_at(bent_track(), [2, 0, 70], 0.2, (1, 0, 9), (((3, 0, 80),), ()), steer=0.5)["all"]
+    there = state_at(bent_track(True), [-2, 0, 70], -0.2, (-1, 0, 9), (((-3, 0, 80),), ()), steer=-0.5)["all"]
+    mirrored = np.where(np.isin(np.arange(len(here)), ppo_tuxkart.SIDEWAYS), -here, here)
+    np.testing.assert_allclose(there, mirrored, atol=1e-6)
+    for mirror in (True, False):
+        agent = ppo_tuxkart.make_agent(ppo_tuxkart.Args(observe="state", mirror=mirror), None)
+        logits, values = agent(torch.tensor(np.stack([here, there])))
+        expected = torch.cat([logits[0, :5].flip(0), logits[0, 5:], values[:1]])
+        assert torch.allclose(torch.cat([logits[1], values[1:]]), expected, atol=1e-5) is mirror
 
 
 def test_the_road_ahead_goes_on_over_the_line_and_below_a_bridge():
