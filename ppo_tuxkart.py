@@ -1117,7 +1117,7 @@ def evaluate(args: Args, checkpoint: dict, folder: Path) -> None:
 
 # --- Learning -------------------------------------------------------------------------------------
 
-TEACHER_STEPS = 2.0  # decisions that a teacher learns from, for each of its student's
+TEACHER_STEPS = 3.0  # decisions that a teacher learns from, for each of its student's
 TEACHING = 0.8  # share of a run over which the teacher's weight falls from one to zero
 FRESH_GAMES = {"pixels": 16, "state": 64}  # iterations between fresh games, where last.pt is written
 SAVE_SECONDS = 240.0  # after which it is written in any case

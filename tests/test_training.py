@@ -58,7 +58,7 @@ def test_killed_and_resumed_is_the_run_that_never_stopped(script, tmp_path):
             kill(started, folder)
     resumed = run("--resume", folder, patch=OFTEN, **where)
     assert resumed.returncode == 0, resumed.stderr
-    for part, iterations in [(".", 8), ("teacher", 16)][: 1 + teaches]:
+    for part, iterations in [(".", 8), ("teacher", 24)][: 1 + teaches]:
         expected, found = metrics(tmp_path / "runs" / "whole" / part), metrics(folder / part)
         assert list(expected) == list(found) == [32 * n for n in range(1, iterations + 1)]
         assert found == expected
