@@ -340,8 +340,7 @@ class StateAgent(Agent):
         heads = []
         for size, gain in ((sum(self.nvec), 0.01), (1, 1.0)):
             first, second = (orthogonal(nn.Linear(n, 256), 2**0.5) for n in (obs_shape[0], 256))
-            last = orthogonal(nn.Linear(256, size), gain)
-            heads.append(nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last))
+            heads.append(nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), orthogonal(nn.Linear(256, size), gain)))
         self.policy, self.value = heads
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -642,7 +641,7 @@ OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
 AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
 ITEMS_AT = 14 + 4 * len(AHEAD)  # in a state; and those of its entries that change sign in a mirror:
-SIDEWAYS = [0, 2, 3, 6, 12, *range(14, 14 + len(AHEAD)), *range(ITEMS_AT, ITEMS_AT + 2 * len(ITEMS))]
+SIDEWAYS = np.r_[0, 2, 3, 6, 12, 14 : 14 + len(AHEAD), ITEMS_AT : ITEMS_AT + 2 * len(ITEMS)]
 # What says where an engine may write. pystk2 would write into the player's own saves.
 WRITES = ("SUPERTUXKART_SAVEDIR", "MESA_SHADER_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 
@@ -1670,7 +1669,8 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=resumed)
         lock.acquire()
     except FileExistsError:
-        raise UsageError(f"There is a run {folder}: type --name NEW or --resume {quoted}") from None
+        hint = f", or --resume {quoted}" if (folder / "last.pt").exists() else ""
+        raise UsageError(f"There is a run {folder}: type another --name{hint}") from None
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:

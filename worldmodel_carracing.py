@@ -613,7 +613,8 @@ def hold_folder(folder: Path, resumed: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=resumed)
         lock.acquire()
     except FileExistsError:
-        raise UsageError(f"There is a run {folder}: type --name NEW or --resume {quoted}") from None
+        hint = f", or --resume {quoted}" if (folder / "last.pt").exists() else ""
+        raise UsageError(f"There is a run {folder}: type another --name{hint}") from None
     except filelock.Timeout:
         raise UsageError(f"{folder} belongs to a run that goes on: type another --name.") from None
     except OSError as error:
