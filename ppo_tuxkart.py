@@ -212,11 +212,7 @@ class StateAgent(Agent):
     def __init__(self, obs_shape: Sequence[int], nvec: Sequence[int], mirror: bool = False) -> None:
         nn.Module.__init__(self)  # without the layers of `Agent`
         self.nvec = [int(n) for n in nvec]
-        sides, order = torch.ones(obs_shape[0]), torch.arange(sum(self.nvec))
-        if mirror:
-            sides[SIDEWAYS] = -1
-            order[: self.nvec[0]] = order[: self.nvec[0]].flip(0)
-        self.sides, self.order = (nn.Buffer(buffer, persistent=False) for buffer in (sides, order))
+        self.mirror = mirror
         heads = []
         for size, gain in ((sum(self.nvec), 0.01), (1, 1.0)):
             first, second = (orthogonal(nn.Linear(n, 256), 2**0.5) for n in (obs_shape[0], 256))
@@ -224,9 +220,13 @@ class StateAgent(Agent):
         self.policy, self.value = heads
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.cat([obs, obs * self.sides])
-        seen, mirrored = self.policy(both).chunk(2)
-        return (seen + mirrored[:, self.order]) / 2, self.value(both).view(2, -1).mean(0)
+        if not self.mirror:
+            return self.policy(obs), self.value(obs).squeeze(-1)
+        both = obs.repeat(2, 1)  # the states, then their mirror images
+        both[len(obs) :, SIDEWAYS] *= -1
+        logits, theirs = self.policy(both).chunk(2)
+        theirs = torch.cat([theirs[:, : self.nvec[0]].flip(-1), theirs[:, self.nvec[0] :]], -1)
+        return (logits + theirs) / 2, self.value(both).view(2, -1).mean(0)
 
 
 def evaluate_actions(logits: Tensor, actions: Tensor, nvec: list[int], epsilon: float) -> tuple:
@@ -454,7 +454,7 @@ DRIFT_SECONDS = 1.1  # a drift of about a second ends with a boost, which random
 OFF_TRACK_METRES = 10.0  # so far beyond the edge of the road an episode ends
 AHEAD = np.array([5, 10, 15, 20, 30, 40, 50, 65, 80, 100, 120])  # metres that a state tells of
 ITEMS = (("NITRO_SMALL", "NITRO_BIG"), ("BANANA",))  # that a state tells of, too
-ITEMS_AT = 14 + 4 * len(AHEAD)  # in a state; and those of its entries that change sign in a mirror:
+ITEMS_AT = 14 + 4 * len(AHEAD)  # where in a state the items begin; SIDEWAYS: what a mirror negates
 SIDEWAYS = np.r_[0, 2, 3, 6, 12, 14 : 14 + len(AHEAD), ITEMS_AT : ITEMS_AT + 2 * len(ITEMS)]
 # What says where an engine may write. pystk2 would write into the player's own saves.
 WRITES = ("SUPERTUXKART_SAVEDIR", "MESA_SHADER_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
